@@ -1,0 +1,37 @@
+//! `smtp-dup check`: what a person wants to know before mail flows.
+
+use crate::config::Config;
+use crate::relay::connection::Connection;
+use crate::relay::destination::Destination;
+use crate::shutdown::{Deadline, Shutdown};
+
+/// Connects to each destination and prints what it found. False when the primary failed.
+pub fn run(config: &Config) -> bool {
+    let well = probe(config, "primary", &config.primary);
+    for backup in &config.backups {
+        probe(config, "backup", backup);
+    }
+    well
+}
+
+fn probe(config: &Config, role: &str, destination: &Destination) -> bool {
+    let shutdown = Shutdown::new(config.limits.connect);
+    let deadline = Deadline::of_transaction(config.limits.connect, &shutdown);
+    match Connection::open(destination, &config.domain, config.limits, deadline) {
+        Ok(connection) => {
+            println!("{role} {destination}: ok");
+            println!("  greeting: {}", connection.greeting());
+            println!("  offers: {}", connection.features());
+            if role == "backup" && !connection.features().dsn {
+                println!(
+                    "  warning: no DSN: it cannot be asked to send no bounces; see smtp-dup(8)"
+                );
+            }
+            true
+        }
+        Err(failure) => {
+            println!("{role} {destination}: FAILED: {failure}");
+            false
+        }
+    }
+}

@@ -1,0 +1,25 @@
+//! smtp-dup, an SMTP duplicator: each transaction live to one primary server, and a copy of every
+//! message that the primary accepted to any number of backups.
+//!
+//! The modules in the order in which a message meets them:
+//!
+//! - [`cli`], [`config`], [`maillog`]: how the program is told what to do, and tells what it did;
+//! - [`launch`]: where connections come from;
+//! - [`server`]: a worker thread for each, and the end of them all;
+//! - [`smtp`]: the client's side of a session;
+//! - [`relay`]: the primary's side, and the backups;
+//! - [`message`], [`buffers`]: what is held meanwhile;
+//! - [`shutdown`]: how long everybody may still wait;
+//! - [`check`]: `smtp-dup check`.
+
+pub mod buffers;
+pub mod check;
+pub mod cli;
+pub mod config;
+pub mod launch;
+pub mod maillog;
+pub mod message;
+pub mod relay;
+pub mod server;
+pub mod shutdown;
+pub mod smtp;

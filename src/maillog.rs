@@ -1,0 +1,241 @@
+//! Every line of the log, one function each, in the shapes that Postfix's users know.
+//!
+//! Everything that came from outside is kept on one line: control characters are escaped. No
+//! line holds any of a message but its Message-ID.
+
+use std::fmt::Display;
+use std::io::Write;
+use std::net::SocketAddr;
+use std::time::{Instant, SystemTime};
+
+use log::{Level, debug, error, info, warn};
+
+use crate::config::Config;
+use crate::message::QueueId;
+use crate::relay::connection::{Failure, delay};
+use crate::relay::destination::Destination;
+use crate::smtp::envelope::{Envelope, Path};
+use crate::smtp::reply::{Class, Reply};
+
+/// Logs on stderr, at `level` unless RUST_LOG says otherwise.
+pub fn start(level: log::LevelFilter) {
+    let environment = env_logger::Env::default().default_filter_or(level.as_str());
+    env_logger::Builder::from_env(environment)
+        .format(|out, record| {
+            let time = humantime::format_rfc3339_millis(SystemTime::now());
+            let mark = match record.level() {
+                Level::Error => "error: ",
+                Level::Warn => "warning: ",
+                Level::Info => "",
+                Level::Debug => "debug: ",
+                Level::Trace => "trace: ",
+            };
+            writeln!(out, "{time} {mark}{}", record.args())
+        })
+        .init();
+}
+
+/// The first line: which program, from where, to where.
+pub fn starting(config: &Config, listen: &[SocketAddr]) {
+    let listen = listen.iter().map(SocketAddr::to_string).collect::<Vec<_>>().join(",");
+    let backups = config.backups.iter().map(Destination::to_string).collect::<Vec<_>>().join(",");
+    info!(
+        "starting smtp-dup {}: listen={listen} destination_primary={} destination_backups={backups}",
+        env!("CARGO_PKG_VERSION"),
+        config.primary,
+    );
+}
+
+/// Something in the configuration that is odd but not wrong.
+pub fn configuration(what: &str) {
+    warn!("{}", one_line(what));
+}
+
+/// A signal asked the program to end.
+pub fn stopping(signal: &str) {
+    info!("stopping on {signal}");
+}
+
+/// The last line.
+pub fn stopped() {
+    info!("stopped");
+}
+
+/// A client that may not send.
+pub fn client_denied(client: SocketAddr) {
+    warn!("client={client} refused: its address is not in smtp.allowed_clients");
+}
+
+/// A client that found no free worker.
+pub fn client_turned_away(client: SocketAddr, reason: &str) {
+    warn!("client={client} turned away: {reason}");
+}
+
+/// accept(2) failed.
+pub fn accept_failed(failure: &std::io::Error) {
+    error!("accept: {failure}; trying again");
+}
+
+/// A session came.
+pub fn connected(client: SocketAddr) {
+    debug!("client={client} connected");
+}
+
+/// A session ended.
+pub fn disconnected(client: SocketAddr, how: &str) {
+    debug!("client={client} {how}");
+}
+
+/// A session ended inside a transaction: that mail was not passed on.
+pub fn transaction_lost(id: QueueId, client: SocketAddr, how: &str) {
+    info!("{id}: client={client} {how}; nothing was delivered");
+}
+
+/// A command that was answered by us with an error.
+pub fn command_refused(client: SocketAddr, reply: &Reply) {
+    debug!("client={client} heard ({reply})");
+}
+
+/// A limit of the configuration refused something.
+pub fn over_limit(client: SocketAddr, reply: &Reply, key: &str) {
+    info!("client={client} heard ({reply}), because of {key}");
+}
+
+/// A thread of ours panicked; nothing else suffers.
+pub fn panicked(who: &str) {
+    error!("{who}: a defect of smtp-dup ended this (the line before says where); please report it");
+}
+
+/// A thread could not be started.
+pub fn no_thread(what: &str, failure: &std::io::Error) {
+    error!("{what}: no thread: {failure}");
+}
+
+/// A message is whole, whatever the primary says of it.
+pub fn message(
+    id: QueueId,
+    client: SocketAddr,
+    envelope: &Envelope,
+    size: u64,
+    message_id: Option<&[u8]>,
+) {
+    info!(
+        "{id}: client={client} from={} size={size} nrcpt={} message-id={}",
+        envelope.reverse_path.display(),
+        envelope.forward_paths.len(),
+        message_id.map_or(String::new(), |octets| one_line(&String::from_utf8_lossy(octets))),
+    );
+}
+
+/// What the primary said of a message.
+pub fn primary_answered(id: QueueId, primary: &Destination, since: Instant, reply: &Reply) {
+    let status = match reply.class() {
+        Class::Success => "sent",
+        Class::Permanent => "refused",
+        Class::Intermediate | Class::Transient => "deferred",
+    };
+    info!(
+        "{id}: relay={primary} role=primary delay={} status={status} ({})",
+        delay(since),
+        one_line(&reply.to_string())
+    );
+}
+
+/// The primary refused MAIL or RCPT.
+pub fn primary_refused(id: QueueId, primary: &Destination, verb: &str, path: &Path, reply: &Reply) {
+    let word = if verb == "MAIL" { "from" } else { "to" };
+    let status = if reply.class() == Class::Permanent { "refused" } else { "deferred" };
+    info!(
+        "{id}: {word}={} relay={primary} role=primary status={status} ({})",
+        path.display(),
+        one_line(&reply.to_string())
+    );
+}
+
+/// No connection to the primary.
+pub fn primary_unavailable(primary: &Destination, failure: &Failure) {
+    error!("relay={primary} role=primary is not available: {}", one_line(&failure.to_string()));
+}
+
+/// The primary failed inside a transaction.
+pub fn primary_failed(primary: &Destination, failure: &Failure) {
+    error!("relay={primary} role=primary failed: {}", one_line(&failure.to_string()));
+}
+
+/// A backup has a copy.
+pub fn copy_sent(id: QueueId, backup: &Destination, since: Instant, reply: &Reply) {
+    info!(
+        "{id}: relay={backup} role=backup delay={} status=sent ({})",
+        delay(since),
+        one_line(&reply.to_string())
+    );
+}
+
+/// A copy went out without something that the backup lacks.
+pub fn copy_reduced(id: QueueId, backup: &Destination, what: &str) {
+    debug!("{id}: relay={backup} role=backup does not offer {what}: sent without");
+}
+
+/// A backup refused one recipient for good.
+pub fn copy_recipient_refused(id: QueueId, backup: &Destination, path: &Path, reply: &Reply) {
+    error!(
+        "{id}: to={} relay={backup} role=backup status=refused ({})",
+        path.display(),
+        one_line(&reply.to_string())
+    );
+}
+
+/// A copy will be tried again.
+pub fn copy_deferred(
+    id: QueueId,
+    backup: &Destination,
+    since: Instant,
+    attempts: u32,
+    next_seconds: u64,
+    why: &str,
+) {
+    info!(
+        "{id}: relay={backup} role=backup delay={} status=deferred attempts={attempts} next={next_seconds} ({})",
+        delay(since),
+        one_line(why)
+    );
+}
+
+/// A copy is given up.
+pub fn copy_lost(id: QueueId, backup: &Destination, why: &str) {
+    error!("{id}: relay={backup} role=backup status=lost ({})", one_line(why));
+}
+
+/// A backup cannot be reached; its copies wait.
+pub fn backup_down(backup: &Destination, why: &str) {
+    error!("relay={backup} role=backup is down: {}", one_line(why));
+}
+
+/// A backup that was down takes copies again.
+pub fn backup_back(backup: &Destination) {
+    info!("relay={backup} role=backup is back");
+}
+
+/// A backup that may write bounces for copies.
+pub fn backup_without_dsn(backup: &Destination) {
+    warn!(
+        "relay={backup} role=backup does not offer DSN: it cannot be asked to send no bounces; \
+         switch off its bounces and vacation replies while it gets copies"
+    );
+}
+
+/// Text from outside on one line.
+fn one_line(text: &str) -> String {
+    match text.contains(|c: char| c.is_control()) {
+        true => text
+            .chars()
+            .flat_map(|c| if c.is_control() { c.escape_default().collect() } else { vec![c] })
+            .collect(),
+        false => text.to_string(),
+    }
+}
+
+/// Shows `what` as an error, for failures that end the program.
+pub fn fatal(what: impl Display) {
+    error!("{what}");
+}

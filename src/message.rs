@@ -1,0 +1,213 @@
+//! A message that the primary accepted, held for the backups until each has its copy.
+//!
+//! `smtp::session` collects the body while it streams to the primary ([`Collector`]) and makes a
+//! [`Message`] of it; the delivery agents share that. What is held is counted against
+//! `relay.backup_memory`, files included, from the first octet until the last copy is done.
+//! Whatever fails here costs copies, never mail.
+
+use std::fmt;
+use std::fs::File;
+use std::io::{self, Write};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use crate::smtp::envelope::Envelope;
+
+/// A body above this many octets moves from memory to an unlinked temporary file.
+pub const MEMORY_THRESHOLD: usize = 256 * 1024;
+
+/// Octets counted for each message beside its body and its envelope.
+const OVERHEAD: u64 = 512;
+
+/// Names a message in the log: ten hexadecimal digits that grow with time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct QueueId(u64);
+
+impl QueueId {
+    /// The microseconds since 1970, cut to 40 bits; never the same twice in one process.
+    pub fn next() -> QueueId {
+        static LAST: AtomicU64 = AtomicU64::new(0);
+        let now = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .map_or(0, |since| since.as_micros() as u64);
+        let mut id = now;
+        let _ = LAST.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |last| {
+            id = now.max(last + 1);
+            Some(id)
+        });
+        QueueId(id & 0xFF_FFFF_FFFF)
+    }
+}
+
+impl fmt::Display for QueueId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:010X}", self.0)
+    }
+}
+
+/// The octets that may be held for all backups together: `relay.backup_memory`.
+#[derive(Debug)]
+pub struct Budget {
+    limit: u64,
+    held: AtomicU64,
+}
+
+impl Budget {
+    /// A budget of `limit` octets.
+    pub fn new(limit: u64) -> Arc<Budget> {
+        Arc::new(Budget { limit, held: AtomicU64::new(0) })
+    }
+}
+
+/// Octets taken out of a [`Budget`], given back when this is dropped.
+#[derive(Debug)]
+pub struct Held {
+    budget: Arc<Budget>,
+    octets: u64,
+}
+
+impl Held {
+    fn nothing(budget: &Arc<Budget>) -> Held {
+        Held { budget: Arc::clone(budget), octets: 0 }
+    }
+
+    /// Takes `octets` more, if the budget has them.
+    fn grow(&mut self, octets: u64) -> bool {
+        let Budget { limit, held } = &*self.budget;
+        let grown = held.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |held| {
+            held.checked_add(octets).filter(|sum| sum <= limit)
+        });
+        if grown.is_ok() {
+            self.octets += octets;
+        }
+        grown.is_ok()
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.budget.held.fetch_sub(self.octets, Ordering::Relaxed);
+    }
+}
+
+/// The octets after DATA in canonical wire form: dot-stuffed, with the final dot.
+#[derive(Debug)]
+pub enum Body {
+    /// A small one.
+    Memory(Box<[u8]>),
+    /// A big one: an unlinked file and its length. Read with explicit offsets only, since all
+    /// agents share it.
+    File(File, u64),
+}
+
+/// A message that the primary accepted.
+#[derive(Debug)]
+pub struct Message {
+    /// Its name in the log.
+    pub id: QueueId,
+    /// The reverse-path and the recipients that the primary accepted.
+    pub envelope: Envelope,
+    /// What is sent after DATA.
+    pub body: Body,
+    /// When the primary had accepted it.
+    pub accepted: Instant,
+    _held: Held,
+}
+
+/// Why there is no copy of a message.
+#[derive(Debug)]
+pub enum NoCopy {
+    /// `relay.backup_memory`, so many octets, is in use.
+    OverBudget(u64),
+    /// The temporary file could not be made or written.
+    TemporaryFile(io::Error),
+}
+
+impl fmt::Display for NoCopy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            NoCopy::OverBudget(limit) => {
+                write!(f, "copies held fill relay.backup_memory, {limit} octets")
+            }
+            NoCopy::TemporaryFile(error) => {
+                write!(f, "temporary file in {}: {error}", std::env::temp_dir().display())
+            }
+        }
+    }
+}
+
+/// Holds a body while it streams.
+#[derive(Debug)]
+pub struct Collector {
+    kept: Result<Kept, NoCopy>,
+}
+
+#[derive(Debug)]
+struct Kept {
+    held: Held,
+    file: Option<(File, u64)>,
+}
+
+impl Collector {
+    /// Nothing held yet.
+    pub fn new(budget: &Arc<Budget>) -> Collector {
+        Collector { kept: Ok(Kept { held: Held::nothing(budget), file: None }) }
+    }
+
+    /// The body has grown by `octets`, which the caller still holds in memory. False when they
+    /// need not be held, because there will be no copy.
+    pub fn count(&mut self, octets: usize) -> bool {
+        if let Ok(kept) = &mut self.kept
+            && !kept.held.grow(octets as u64)
+        {
+            self.kept = Err(NoCopy::OverBudget(kept.held.budget.limit));
+        }
+        self.kept.is_ok()
+    }
+
+    /// Moves octets, counted before, to the temporary file.
+    pub fn spill(&mut self, octets: &[u8]) {
+        if let Ok(kept) = &mut self.kept
+            && let Err(error) = kept.spill(octets)
+        {
+            self.kept = Err(NoCopy::TemporaryFile(error));
+        }
+    }
+
+    /// The message is whole and the primary has accepted it; `rest` are the octets, counted
+    /// before, that were not spilled.
+    ///
+    /// # Errors
+    /// Why there is no copy.
+    pub fn finish(
+        mut self,
+        id: QueueId,
+        envelope: Envelope,
+        rest: &[u8],
+    ) -> Result<Message, NoCopy> {
+        if self.kept.as_ref().is_ok_and(|kept| kept.file.is_some()) {
+            self.spill(rest);
+        }
+        self.count((envelope.octets() + OVERHEAD) as usize);
+        let Kept { held, file } = self.kept?;
+        let body = match file {
+            Some((file, length)) => Body::File(file, length),
+            None => Body::Memory(rest.into()),
+        };
+        Ok(Message { id, envelope, body, accepted: Instant::now(), _held: held })
+    }
+}
+
+impl Kept {
+    fn spill(&mut self, octets: &[u8]) -> io::Result<()> {
+        if self.file.is_none() {
+            self.file = Some((tempfile::tempfile()?, 0));
+        }
+        if let Some((file, length)) = &mut self.file {
+            file.write_all(octets)?;
+            *length += octets.len() as u64;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,187 @@
+//! Delivery agents: the threads that bring copies to the backups.
+//!
+//! `server` makes one [`Agents`] for the program's length; workers give it finished messages.
+//! Agents start when there is work, up to `backup_connections` for each backup, keep their
+//! connection between copies, and end after a minute without any.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::thread::{Builder, Scope};
+use std::time::Duration;
+
+use crossbeam_channel::{Receiver, RecvTimeoutError};
+
+use super::backup::{Backup, Leave};
+use super::connection::{Connection, Failure, Step};
+use super::copy::{Attempt, Copy};
+use crate::maillog;
+use crate::message::{Message, NoCopy, QueueId};
+use crate::shutdown::Shutdown;
+use crate::smtp::reply::{Class, Reply};
+
+/// Stack of a worker or an agent, in octets.
+pub const STACK: usize = 128 * 1024;
+
+/// All backups and the scope in which their agents live.
+pub struct Agents<'scope, 'env> {
+    scope: &'scope Scope<'scope, 'env>,
+    backups: &'env [Backup],
+    shutdown: &'env Shutdown,
+}
+
+impl<'scope, 'env> Agents<'scope, 'env> {
+    /// No agent yet.
+    pub fn new(
+        scope: &'scope Scope<'scope, 'env>,
+        backups: &'env [Backup],
+        shutdown: &'env Shutdown,
+    ) -> Self {
+        Agents { scope, backups, shutdown }
+    }
+
+    /// There is anyone to copy for.
+    pub fn are_wanted(&self) -> bool {
+        !self.backups.is_empty()
+    }
+
+    /// Takes a message for all backups, at once and whatever state they are in.
+    pub fn take(&self, message: Message) {
+        let message = Arc::new(message);
+        for backup in self.backups {
+            backup.enqueue(Copy::new(&message));
+            self.reinforce(backup);
+        }
+    }
+
+    /// There will be no copies of a message.
+    pub fn lose(&self, id: QueueId, why: &NoCopy) {
+        for backup in self.backups {
+            maillog::copy_lost(id, &backup.destination, &why.to_string());
+        }
+    }
+
+    /// Starts one more agent if the backup needs it.
+    fn reinforce(&self, backup: &'env Backup) {
+        let Some(leave) = backup.recruit() else { return };
+        let agents = Agents { scope: self.scope, backups: self.backups, shutdown: self.shutdown };
+        let thread = Builder::new().name(format!("to {}", backup.destination)).stack_size(STACK);
+        if let Err(error) = thread.spawn_scoped(self.scope, move || agents.work(backup, leave)) {
+            backup.dismiss();
+            maillog::no_thread(&format!("relay={} role=backup", backup.destination), &error);
+        }
+    }
+
+    /// An agent's life.
+    fn work(&self, backup: &'env Backup, _leave: Leave) {
+        let mut connection = None;
+        while let Some(copy) = backup.next(self.shutdown) {
+            self.reinforce(backup);
+            let id = copy.message.id;
+            let attempt = AssertUnwindSafe(|| self.attempt(backup, copy, &mut connection));
+            if catch_unwind(attempt).is_err() {
+                maillog::panicked(&format!("{id}: relay={} role=backup", backup.destination));
+                connection = None;
+            }
+        }
+    }
+
+    /// Tries one copy once, and settles what comes next for it.
+    fn attempt(&self, backup: &Backup, mut copy: Copy, connection: &mut Option<Connection>) {
+        copy.attempts += 1;
+        match self.deliver(backup, &copy, connection) {
+            Ok(attempt) => {
+                backup.is_up();
+                settle(backup, copy, attempt);
+            }
+            Err(failure) => backup.hold(copy, &failure),
+        }
+    }
+
+    /// Sends a copy on the connection at hand, or on a new one if there is none or its server has
+    /// closed it meanwhile. The connection stays at hand unless it failed.
+    fn deliver(
+        &self,
+        backup: &Backup,
+        copy: &Copy,
+        at_hand: &mut Option<Connection>,
+    ) -> Result<Attempt, Failure> {
+        if let Some(mut connection) = at_hand.take() {
+            match copy.send(&mut connection, self.shutdown) {
+                Ok(attempt) => {
+                    *at_hand = Some(connection);
+                    return Ok(attempt);
+                }
+                Err(failure) if is_stale(&failure) => {}
+                Err(failure) => return Err(failure),
+            }
+        }
+        let mut connection = backup.connect(self.shutdown)?;
+        let attempt = copy.send(&mut connection, self.shutdown)?;
+        *at_hand = Some(connection);
+        Ok(attempt)
+    }
+
+    /// Lets the agents finish, within the time that the shutdown gives them, and names what is
+    /// left. `alive` ends when the last agent has. False when an agent is stuck.
+    pub fn drain(&self, alive: &Receiver<()>) -> bool {
+        let end = self.shutdown.drain();
+        for backup in self.backups {
+            backup.close();
+        }
+        // A socket wakes within a tick; only a name look-up or a dying disk takes longer.
+        let slack = Duration::from_secs(2);
+        let all_ended = alive.recv_deadline(end + slack) == Err(RecvTimeoutError::Disconnected);
+        for backup in self.backups {
+            backup.name_lost();
+        }
+        all_ended
+    }
+}
+
+/// The server closed while the connection was idle: nothing of the copy was taken.
+fn is_stale(failure: &Failure) -> bool {
+    match failure {
+        Failure::Lost(step) => *step == Step::Command("MAIL"),
+        Failure::Unwelcome(step, reply) | Failure::Untimely(step, reply) => {
+            *step == Step::Command("MAIL") && reply.code() == 421
+        }
+        _ => false,
+    }
+}
+
+/// Logs what became of an attempt, and keeps what is still owed.
+fn settle(backup: &Backup, mut copy: Copy, attempt: Attempt) {
+    let (id, to) = (copy.message.id, &backup.destination);
+    for what in attempt.without {
+        maillog::copy_reduced(id, to, what);
+    }
+    for (place, reply) in &attempt.refused {
+        maillog::copy_recipient_refused(id, to, copy.recipient(*place), reply);
+    }
+    let still_owed = attempt.deferred.iter().map(|(place, _)| *place).collect();
+    let last_word = attempt.deferred.into_iter().next_back().map(|(_, reply)| reply);
+    match attempt.verdict.as_ref().map(|reply| (reply, reply.class())) {
+        Some((reply, Class::Success)) => maillog::copy_sent(id, to, copy.message.accepted, reply),
+        Some((reply, Class::Permanent)) => maillog::copy_lost(id, to, &reply.to_string()),
+        Some((reply, _)) => {
+            // The recipients refused by name are settled, all the others are owed as before.
+            let refused = |place: &usize| attempt.refused.iter().any(|(other, _)| other == place);
+            copy.owed.retain(|place| !refused(place));
+            return backup.defer(copy, &reply.to_string());
+        }
+        None => {}
+    }
+    copy.owed = still_owed;
+    match last_word {
+        Some(reply) => defer_rest(backup, copy, &reply),
+        None => backup.done(&copy),
+    }
+}
+
+/// Some recipients were deferred by name; the others are done.
+fn defer_rest(backup: &Backup, copy: Copy, reply: &Reply) {
+    let names = copy.owed.iter().map(|&place| copy.recipient(place).display()).collect::<Vec<_>>();
+    let names =
+        if names.len() > 5 { format!("{} recipients", names.len()) } else { names.join(" ") };
+    backup.defer(copy, &format!("{names}: {reply}"));
+}

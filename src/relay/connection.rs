@@ -1,0 +1,383 @@
+//! One SMTP connection to a destination: greeting, EHLO, commands, replies, message.
+//!
+//! `primary` and `backup` drive it, `pool` keeps it between transactions. It owns the socket,
+//! because what matters is in the socket calls: TCP_NODELAY, a batch or a message with its final
+//! dot in one write, and time limits for whole steps. Everything that can go wrong is a
+//! [`Failure`], after which the connection is of no more use.
+
+use std::fmt;
+use std::fs::File;
+use std::io::{self, ErrorKind, Read, Write};
+use std::net::TcpStream;
+use std::os::fd::AsRawFd;
+use std::time::{Duration, Instant};
+
+use lettre::transport::smtp::commands::{Ehlo, Quit};
+use lettre::transport::smtp::extension::ClientId;
+use nix::errno::Errno;
+use nix::sys::sendfile::sendfile;
+use nix::sys::socket::{MsgFlags, recv};
+
+use super::destination::Destination;
+use super::features::Features;
+use crate::shutdown::{Deadline, Expired, TICK};
+use crate::smtp::reply::{Class, Nonsense, Reply};
+
+/// Time limits for the steps with a destination, each for the whole step.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// Looking up the name and connecting.
+    pub connect: Duration,
+    /// The greeting, and the whole reply to each command.
+    pub command: Duration,
+    /// The reply to end-of-data; and the longest that a message may make no progress.
+    pub data: Duration,
+}
+
+/// What was being done when it failed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Step {
+    /// Looking up the name and connecting.
+    Connect,
+    /// Waiting for the greeting.
+    Greeting,
+    /// EHLO and HELO.
+    Hello,
+    /// MAIL, RCPT, DATA or RSET, by verb.
+    Command(&'static str),
+    /// Sending the message.
+    Message,
+    /// Waiting for the reply to the final dot.
+    EndOfData,
+}
+
+impl fmt::Display for Step {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Step::Connect => f.write_str("connect"),
+            Step::Greeting => f.write_str("greeting"),
+            Step::Hello => f.write_str("EHLO"),
+            Step::Command(verb) => f.write_str(verb),
+            Step::Message => f.write_str("message"),
+            Step::EndOfData => f.write_str("end of data"),
+        }
+    }
+}
+
+/// Why a connection is of no more use.
+#[derive(Debug)]
+pub enum Failure {
+    /// No connection came about.
+    Connect(io::Error),
+    /// The step took longer than its limit.
+    TimedOut(Step),
+    /// The program ends.
+    Stopping(Step),
+    /// The peer closed, or the network did.
+    Lost(Step),
+    /// The peer said what is no SMTP reply, or one that means nothing here.
+    Nonsense(Step, String),
+    /// The peer does not want to talk: its greeting or its answer to HELO.
+    Unwelcome(Step, Reply),
+    /// The peer said something before it was its turn.
+    Untimely(Step, Reply),
+}
+
+impl Failure {
+    fn expired(expired: Expired, step: Step) -> Failure {
+        match expired {
+            Expired::TimedOut => Failure::TimedOut(step),
+            Expired::Stopping => Failure::Stopping(step),
+        }
+    }
+}
+
+/// For log lines and replies: `RCPT: timed out`.
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Failure::Connect(error) if error.kind() == ErrorKind::TimedOut => {
+                f.write_str("connect: timed out")
+            }
+            Failure::Connect(error) => write!(f, "connect: {error}"),
+            Failure::TimedOut(step) => write!(f, "{step}: timed out"),
+            Failure::Stopping(step) => write!(f, "{step}: smtp-dup is stopping"),
+            Failure::Lost(step) => write!(f, "{step}: lost connection"),
+            Failure::Nonsense(step, what) => write!(f, "{step}: no SMTP reply: {what}"),
+            Failure::Unwelcome(step, reply) => write!(f, "{step}: {reply}"),
+            Failure::Untimely(step, reply) => write!(f, "{step}: reply before its time: {reply}"),
+        }
+    }
+}
+
+/// A connection that has been greeted, in whatever state.
+pub struct Connection {
+    stream: TcpStream,
+    /// Read, and not yet taken as a reply.
+    input: Vec<u8>,
+    features: Features,
+    greeting: Reply,
+    /// The peer waits for a command, so that QUIT would be understood.
+    at_rest: bool,
+    limits: Limits,
+}
+
+impl Connection {
+    /// Connects, waits for the greeting, says EHLO (HELO where that is not understood).
+    ///
+    /// # Errors
+    /// Any [`Failure`]; a server that answers with 4xx or 5xx is [`Failure::Unwelcome`].
+    pub fn open(
+        to: &Destination,
+        domain: &str,
+        limits: Limits,
+        deadline: Deadline,
+    ) -> Result<Connection, Failure> {
+        let stream =
+            to.connect(deadline.renewed(limits.connect)).map_err(|error| match error.kind() {
+                ErrorKind::Interrupted => Failure::Stopping(Step::Connect),
+                _ => Failure::Connect(error),
+            })?;
+        prepare(&stream).map_err(Failure::Connect)?;
+        let (features, greeting) = (Features::default(), Reply::new(220, "", ""));
+        let mut connection =
+            Connection { stream, input: Vec::new(), features, greeting, at_rest: false, limits };
+        connection.greeting = connection.welcome(Step::Greeting, deadline)?;
+        connection.at_rest = true;
+        connection.hello(domain, deadline)?;
+        Ok(connection)
+    }
+
+    /// EHLO, or HELO where EHLO is refused for good.
+    fn hello(&mut self, domain: &str, deadline: Deadline) -> Result<(), Failure> {
+        let ehlo = Ehlo::new(ClientId::Domain(domain.to_string())).to_string();
+        self.send(ehlo.as_bytes(), Step::Hello, deadline)?;
+        match self.welcome(Step::Hello, deadline) {
+            Ok(reply) => self.features = Features::from_ehlo(&reply),
+            Err(Failure::Unwelcome(_, reply)) if reply.class() == Class::Permanent => {
+                self.send(format!("HELO {domain}\r\n").as_bytes(), Step::Hello, deadline)?;
+                self.welcome(Step::Hello, deadline)?;
+            }
+            Err(failure) => return Err(failure),
+        }
+        Ok(())
+    }
+
+    /// A reply that has to be a 2xx.
+    fn welcome(&mut self, step: Step, deadline: Deadline) -> Result<Reply, Failure> {
+        let reply = self.reply(step, deadline)?;
+        match reply.class() {
+            Class::Success => Ok(reply),
+            Class::Intermediate => Err(Failure::Nonsense(step, reply.to_string())),
+            Class::Transient | Class::Permanent => Err(Failure::Unwelcome(step, reply)),
+        }
+    }
+
+    /// What the server offers.
+    pub fn features(&self) -> &Features {
+        &self.features
+    }
+
+    /// The time limits of its steps.
+    pub fn limits(&self) -> Limits {
+        self.limits
+    }
+
+    /// The server's greeting.
+    pub fn greeting(&self) -> &Reply {
+        &self.greeting
+    }
+
+    /// Sends commands in one write.
+    ///
+    /// # Errors
+    /// As [`Connection::send_message`].
+    pub fn send(&mut self, commands: &[u8], step: Step, deadline: Deadline) -> Result<(), Failure> {
+        self.at_rest = false;
+        self.write(commands, step, deadline, self.limits.command)
+    }
+
+    /// Sends a part of a message, if the server has said nothing meanwhile.
+    ///
+    /// # Errors
+    /// [`Failure::Untimely`] with what it said; [`Failure::TimedOut`] when for the whole limit no
+    /// octet could be written.
+    pub fn send_message(&mut self, part: &[u8], deadline: Deadline) -> Result<(), Failure> {
+        self.at_rest = false;
+        self.check_quiet(Step::Message, deadline)?;
+        self.write(part, Step::Message, deadline, self.limits.data)
+    }
+
+    /// Sends a whole message that lies in a file, `length` octets from its beginning.
+    ///
+    /// # Errors
+    /// As [`Connection::send_message`]; an unreadable file is [`Failure::Lost`].
+    pub fn send_file(
+        &mut self,
+        file: &File,
+        length: u64,
+        deadline: Deadline,
+    ) -> Result<(), Failure> {
+        self.at_rest = false;
+        self.check_quiet(Step::Message, deadline)?;
+        let mut offset = 0;
+        let mut until = deadline.renewed(self.limits.data);
+        while (offset as u64) < length {
+            let rest = (length - offset as u64).min(1 << 30) as usize;
+            match sendfile(&self.stream, file, Some(&mut offset), rest) {
+                Ok(0) => return Err(Failure::Lost(Step::Message)),
+                Ok(_) => until = deadline.renewed(self.limits.data),
+                Err(Errno::EINTR) => {}
+                Err(Errno::EAGAIN) => self.stalled(Step::Message, until, deadline)?,
+                Err(_) => return Err(self.broken(Step::Message, deadline)),
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes all of `octets`; `limit` is the longest without any progress.
+    fn write(
+        &mut self,
+        octets: &[u8],
+        step: Step,
+        deadline: Deadline,
+        limit: Duration,
+    ) -> Result<(), Failure> {
+        let mut rest = octets;
+        let mut until = deadline.renewed(limit);
+        while !rest.is_empty() {
+            match self.stream.write(rest) {
+                Ok(0) => return Err(self.broken(step, deadline)),
+                Ok(n) => {
+                    rest = &rest[n..];
+                    if !rest.is_empty() {
+                        until = deadline.renewed(limit);
+                    }
+                }
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) if is_tick(&error) => self.stalled(step, until, deadline)?,
+                Err(_) => return Err(self.broken(step, deadline)),
+            }
+        }
+        Ok(())
+    }
+
+    /// A write made no progress for one tick: the server may have spoken instead of reading.
+    fn stalled(&mut self, step: Step, until: Deadline, deadline: Deadline) -> Result<(), Failure> {
+        self.check_quiet(step, deadline)?;
+        until.left().map(drop).map_err(|expired| Failure::expired(expired, step))
+    }
+
+    /// A write failed: what the server said before it closed explains it, if it said anything.
+    fn broken(&mut self, step: Step, deadline: Deadline) -> Failure {
+        match self.check_quiet(step, deadline) {
+            Err(failure) => failure,
+            Ok(()) => Failure::Lost(step),
+        }
+    }
+
+    /// Makes sure that nothing is there to be read. A stray reply would be taken for that to the
+    /// next command, and shift all that follow.
+    ///
+    /// # Errors
+    /// [`Failure::Untimely`] with the reply that is there, or why there is none.
+    pub fn check_quiet(&mut self, step: Step, deadline: Deadline) -> Result<(), Failure> {
+        if self.input.is_empty() {
+            let mut first = [0; 512];
+            match recv(self.stream.as_raw_fd(), &mut first, MsgFlags::MSG_DONTWAIT) {
+                Err(Errno::EAGAIN | Errno::EINTR) => return Ok(()),
+                Ok(0) | Err(_) => return Err(Failure::Lost(step)),
+                Ok(n) => self.input.extend_from_slice(&first[..n]),
+            }
+        }
+        let reply = self.reply(step, deadline.renewed(TICK * 5))?;
+        Err(Failure::Untimely(step, reply))
+    }
+
+    /// Waits for one whole reply.
+    ///
+    /// # Errors
+    /// [`Failure`] but for `Connect`, `Unwelcome` and `Untimely`.
+    pub fn reply(&mut self, step: Step, deadline: Deadline) -> Result<Reply, Failure> {
+        let limit = if step == Step::EndOfData { self.limits.data } else { self.limits.command };
+        let until = deadline.renewed(limit);
+        loop {
+            if !self.input.is_empty() {
+                match Reply::parse(&self.input) {
+                    Ok(Some((reply, used))) => {
+                        self.input.drain(..used);
+                        return Ok(reply);
+                    }
+                    Ok(None) => {}
+                    Err(Nonsense(what)) => return Err(Failure::Nonsense(step, what)),
+                }
+                // One octet a tick must not keep the wait from its end.
+                until.left().map_err(|expired| Failure::expired(expired, step))?;
+            }
+            self.read(step, until)?;
+        }
+    }
+
+    /// Waits for octets.
+    fn read(&mut self, step: Step, until: Deadline) -> Result<(), Failure> {
+        let mut octets = [0; 2048];
+        loop {
+            match self.stream.read(&mut octets) {
+                Ok(0) => return Err(Failure::Lost(step)),
+                Ok(n) => {
+                    self.input.extend_from_slice(&octets[..n]);
+                    return Ok(());
+                }
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) if is_tick(&error) => {
+                    until.left().map_err(|expired| Failure::expired(expired, step))?;
+                }
+                Err(_) => return Err(Failure::Lost(step)),
+            }
+        }
+    }
+
+    /// The transaction is over and the server waits for a command.
+    pub fn rest(&mut self) {
+        self.at_rest = true;
+    }
+}
+
+/// Says QUIT where it would be understood, without waiting for an answer.
+impl Drop for Connection {
+    fn drop(&mut self) {
+        if self.at_rest {
+            let quit = Quit.to_string();
+            let _ = nix::sys::socket::send(
+                self.stream.as_raw_fd(),
+                quit.as_bytes(),
+                MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL,
+            );
+        }
+    }
+}
+
+/// The options of every socket, on either side: no waiting for more to send, and a tick.
+///
+/// # Errors
+/// Those of setsockopt(2).
+pub fn prepare(stream: &TcpStream) -> io::Result<()> {
+    stream.set_nodelay(true)?;
+    stream.set_read_timeout(Some(TICK))?;
+    stream.set_write_timeout(Some(TICK))
+}
+
+/// A wait on a socket ended because its tick was over. A write that timed out says so too.
+pub fn is_tick(error: &io::Error) -> bool {
+    matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut)
+}
+
+/// Seconds since `start`, as Postfix prints delays: two significant digits are enough.
+pub fn delay(start: Instant) -> String {
+    let seconds = start.elapsed().as_secs_f64();
+    match seconds {
+        s if s < 0.095 => format!("{s:.2}"),
+        s if s < 9.95 => format!("{s:.1}"),
+        s => format!("{s:.0}"),
+    }
+}

@@ -1,0 +1,109 @@
+//! What a server offers in its reply to EHLO, as far as it concerns us.
+
+use std::fmt;
+
+use lettre::transport::smtp::extension::{Extension, ServerInfo};
+use lettre::transport::smtp::response::Response;
+
+use crate::smtp::reply::Reply;
+
+/// The extensions that can be mirrored to a client, or used towards a backup.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Features {
+    /// PIPELINING (RFC 2920).
+    pub pipelining: bool,
+    /// SIZE (RFC 1870): offered, with its limit in octets where it has one.
+    pub size: Option<Option<u64>>,
+    /// 8BITMIME (RFC 6152).
+    pub eight_bit: bool,
+    /// SMTPUTF8 (RFC 6531).
+    pub utf8: bool,
+    /// DSN (RFC 3461).
+    pub dsn: bool,
+    /// ENHANCEDSTATUSCODES (RFC 2034).
+    pub status_codes: bool,
+}
+
+impl Features {
+    /// Reads the reply to EHLO. What cannot be understood is not offered.
+    pub fn from_ehlo(reply: &Reply) -> Features {
+        let mut features = Features::default();
+        let mut known = String::new();
+        for (n, text) in reply.texts().enumerate() {
+            let text = String::from_utf8_lossy(text).to_ascii_uppercase();
+            let mark = if n + 1 == reply.texts().count() { ' ' } else { '-' };
+            known.push_str(&format!("250{mark}{text}\r\n"));
+            let mut words = text.split_whitespace();
+            match words.next() {
+                _ if n == 0 => {}
+                Some("PIPELINING") => features.pipelining = true,
+                Some("DSN") => features.dsn = true,
+                Some("ENHANCEDSTATUSCODES") => features.status_codes = true,
+                Some("SIZE") => {
+                    let limit =
+                        words.next().and_then(|word| word.parse().ok()).filter(|&limit| limit > 0);
+                    features.size = Some(limit);
+                }
+                _ => {}
+            }
+        }
+        if let Some(info) =
+            known.parse::<Response>().ok().and_then(|r| ServerInfo::from_response(&r).ok())
+        {
+            features.eight_bit = info.supports_feature(Extension::EightBitMime);
+            features.utf8 = info.supports_feature(Extension::SmtpUtfEight);
+        }
+        features
+    }
+
+    /// What a client is offered: a mirror of what the primary offers, within our own size limit
+    /// (octets, 0 for none). PIPELINING is ours to give always.
+    pub fn mirrored(&self, max_message_size: u64) -> Features {
+        let own = (max_message_size > 0).then_some(max_message_size);
+        let size = match (self.size, own) {
+            (Some(Some(theirs)), Some(own)) => Some(Some(theirs.min(own))),
+            (_, Some(own)) => Some(Some(own)),
+            (theirs, None) => theirs,
+        };
+        Features { pipelining: true, size, ..self.clone() }
+    }
+
+    /// True when a client that was told `told` finds all of it here, PIPELINING aside.
+    pub fn cover(&self, told: &Features) -> bool {
+        let size = match (told.size, self.size) {
+            (None, _) | (Some(_), Some(None)) => true,
+            (Some(Some(told)), Some(Some(ours))) => ours >= told,
+            (Some(None), Some(Some(_))) | (Some(_), None) => false,
+        };
+        size && (self.eight_bit || !told.eight_bit)
+            && (self.utf8 || !told.utf8)
+            && (self.dsn || !told.dsn)
+            && (self.status_codes || !told.status_codes)
+    }
+
+    /// One EHLO line for each.
+    pub fn lines(&self) -> Vec<String> {
+        let size = match self.size {
+            Some(Some(limit)) => Some(format!("SIZE {limit}")),
+            Some(None) => Some("SIZE".into()),
+            None => None,
+        };
+        let flags = [
+            (self.pipelining, "PIPELINING"),
+            (self.eight_bit, "8BITMIME"),
+            (self.utf8, "SMTPUTF8"),
+            (self.dsn, "DSN"),
+            (self.status_codes, "ENHANCEDSTATUSCODES"),
+        ];
+        let flags =
+            flags.into_iter().filter(|(offered, _)| *offered).map(|(_, name)| name.to_string());
+        flags.chain(size).collect()
+    }
+}
+
+/// For people: the EHLO keywords.
+impl fmt::Display for Features {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.lines().join(", "))
+    }
+}

@@ -1,0 +1,340 @@
+//! The primary, live: a client's transaction on a connection of its own.
+//!
+//! Each `session` has one [`Primary`] and passes on what it answers. Whatever goes wrong here
+//! becomes a 4xx that names the primary, so that the client keeps the mail: never a 2xx that the
+//! primary did not say, and never a 5xx (design: promise 1).
+
+use super::connection::{Connection, Failure, Step};
+use super::features::Features;
+use super::pool::Pool;
+use crate::maillog;
+use crate::shutdown::{Deadline, Shutdown};
+use crate::smtp::command::Relayed;
+use crate::smtp::reply::{Class, Reply};
+
+/// Commands that may be on their way unanswered, in octets: two full pipes would wait for each
+/// other.
+pub const MAX_UNANSWERED: usize = 16 * 1024;
+
+/// One client's side of the primary.
+pub struct Primary<'a> {
+    pool: &'a Pool,
+    shutdown: &'a Shutdown,
+    /// Octets, 0 for none: our part in the SIZE that is mirrored.
+    max_message_size: u64,
+    connection: Option<Connection>,
+    /// The connection has served a transaction before, and its server may have closed it since.
+    used: bool,
+    /// MAIL was sent and the transaction has not ended.
+    open: bool,
+    /// What the client was told in reply to EHLO.
+    told: Features,
+    /// The answer to all that is left of a transaction in which the primary failed.
+    failed: Option<Reply>,
+    /// The commands last sent, in case that they have to be sent again.
+    batch: Vec<u8>,
+}
+
+impl<'a> Primary<'a> {
+    /// No connection yet.
+    pub fn new(pool: &'a Pool, shutdown: &'a Shutdown, max_message_size: u64) -> Primary<'a> {
+        Primary {
+            pool,
+            shutdown,
+            max_message_size,
+            connection: None,
+            used: false,
+            open: false,
+            told: Features::default(),
+            failed: None,
+            batch: Vec::new(),
+        }
+    }
+
+    /// The client says EHLO or HELO: what it may be told that we offer.
+    ///
+    /// # Errors
+    /// The 421 for the client when no connection can be had.
+    pub fn hello(&mut self, extended: bool) -> Result<Features, Reply> {
+        self.told = Features::default();
+        self.take()?;
+        let features =
+            self.connection.as_ref().map(Connection::features).cloned().unwrap_or_default();
+        let offered = features.mirrored(self.max_message_size);
+        if extended {
+            self.told = offered.clone();
+        }
+        Ok(offered)
+    }
+
+    /// Several commands may be sent before the first is answered.
+    pub fn takes_batches(&self) -> bool {
+        self.connection.as_ref().is_some_and(|connection| connection.features().pipelining)
+    }
+
+    /// The failure that answers everything up to the end of this transaction.
+    pub fn failure(&self) -> Option<&Reply> {
+        self.failed.as_ref()
+    }
+
+    /// Gets a connection for the next transaction: the one at hand, an idle one, or a new one.
+    fn take(&mut self) -> Result<(), Reply> {
+        if let Some(mut connection) = self.connection.take() {
+            let deadline = Deadline::of_transaction(self.pool.limits().command, self.shutdown);
+            if connection.check_quiet(Step::Command("MAIL"), deadline).is_ok() {
+                self.connection = Some(connection);
+                return Ok(());
+            }
+        }
+        match self.pool.take(self.shutdown) {
+            Some(connection) => {
+                self.connection = Some(connection);
+                self.used = true;
+                Ok(())
+            }
+            None => self.open_new(),
+        }
+    }
+
+    /// Gets a new connection.
+    fn open_new(&mut self) -> Result<(), Reply> {
+        match self.pool.open(self.shutdown) {
+            Ok(connection) => {
+                self.connection = Some(connection);
+                self.used = false;
+                Ok(())
+            }
+            Err(failure) => {
+                maillog::primary_unavailable(self.pool.destination(), &failure);
+                Err(match failure {
+                    Failure::Stopping(_) => stopping(),
+                    _ => Reply::new(
+                        421,
+                        "4.4.1",
+                        &format!("primary {} is not available: {failure}", self.pool.destination()),
+                    ),
+                })
+            }
+        }
+    }
+
+    /// Sends commands, which [`Primary::answer`] must then be asked about one by one. Several at
+    /// once only where [`Primary::takes_batches`].
+    ///
+    /// # Errors
+    /// The 421 for the client when there is no connection for a new transaction, or none that
+    /// offers what the client was told.
+    pub fn send(&mut self, commands: &[Relayed]) -> Result<(), Reply> {
+        self.batch.clear();
+        for command in commands {
+            command.write(&mut self.batch);
+        }
+        if let [Relayed::Mail(_), ..] = commands {
+            self.take()?;
+            self.cover_told()?;
+            self.open = true;
+        }
+        if self.failed.is_some() {
+            return Ok(());
+        }
+        let Some(command) = commands.first() else { return Ok(()) };
+        if let Err(failure) = self.send_batch(command) {
+            self.recover(command, true, failure)?;
+        }
+        Ok(())
+    }
+
+    fn send_batch(&mut self, first: &Relayed) -> Result<(), Failure> {
+        let step = Step::Command(first.verb());
+        let deadline = Deadline::of_transaction(self.pool.limits().command, self.shutdown);
+        match &mut self.connection {
+            Some(connection) => connection.send(&self.batch, step, deadline),
+            None => Err(Failure::Lost(step)),
+        }
+    }
+
+    /// The connection at hand must offer all that the client was told.
+    fn cover_told(&mut self) -> Result<(), Reply> {
+        let now = self.connection.as_ref().map(|c| c.features().mirrored(self.max_message_size));
+        match now {
+            Some(now) if now.cover(&self.told) => Ok(()),
+            _ => {
+                self.connection = None;
+                Err(Reply::new(
+                    421,
+                    "4.3.2",
+                    &format!(
+                        "primary {} offers less than before; connect anew",
+                        self.pool.destination()
+                    ),
+                ))
+            }
+        }
+    }
+
+    /// A step failed. A connection that was used before and is dead at the first word of a new
+    /// transaction is replaced, once, and the batch sent again; any other failure answers the
+    /// rest of the transaction.
+    ///
+    /// # Errors
+    /// The 421 for the client when the replacement cannot be had.
+    fn recover(&mut self, command: &Relayed, first: bool, failure: Failure) -> Result<(), Reply> {
+        let dead = match &failure {
+            Failure::Lost(_) => true,
+            Failure::Untimely(_, reply) => reply.code() == 421,
+            _ => false,
+        };
+        if !(dead && first && self.used && matches!(command, Relayed::Mail(_))) {
+            self.fail(failure);
+            return Ok(());
+        }
+        self.connection = None;
+        self.open_new()?;
+        self.cover_told()?;
+        if let Err(failure) = self.send_batch(command) {
+            self.fail(failure);
+        }
+        Ok(())
+    }
+
+    /// The answer to `command`, the next of those sent; `first` when it was the first of them.
+    /// A 421 means that the session has to end.
+    pub fn answer(&mut self, command: &Relayed, first: bool) -> Reply {
+        loop {
+            if let Some(reply) = &self.failed {
+                return reply.clone();
+            }
+            let step = Step::Command(command.verb());
+            let deadline = Deadline::of_transaction(self.pool.limits().command, self.shutdown);
+            let reply = match &mut self.connection {
+                Some(connection) => connection.reply(step, deadline),
+                None => Err(Failure::Lost(step)),
+            };
+            let failure = match reply {
+                Ok(reply) if reply.code() == 421 => Failure::Untimely(step, reply),
+                Ok(reply) => match (command, reply.class()) {
+                    (Relayed::Data, Class::Success)
+                    | (Relayed::Mail(_) | Relayed::Rcpt(_), Class::Intermediate) => {
+                        Failure::Nonsense(step, reply.to_string())
+                    }
+                    (Relayed::Mail(_), Class::Transient | Class::Permanent) => {
+                        self.open = false;
+                        return reply;
+                    }
+                    _ => return reply,
+                },
+                Err(failure) => failure,
+            };
+            if let Err(reply) = self.recover(command, first, failure) {
+                return reply;
+            }
+            // Replaced, or failed: either way there is an answer now.
+        }
+    }
+
+    /// Gives the connection up and settles what the client hears from now on.
+    fn fail(&mut self, failure: Failure) -> Reply {
+        self.connection = None;
+        self.open = false;
+        let primary = self.pool.destination();
+        maillog::primary_failed(primary, &failure);
+        let reply = match &failure {
+            Failure::Untimely(Step::Message, reply)
+                if matches!(reply.class(), Class::Transient | Class::Permanent) =>
+            {
+                reply.clone()
+            }
+            Failure::Untimely(_, reply) if reply.code() == 421 => reply.clone(),
+            Failure::Stopping(_) => stopping(),
+            Failure::Nonsense(..) => {
+                Reply::new(451, "4.5.0", &format!("primary {primary}: {failure}"))
+            }
+            _ => Reply::new(451, "4.4.2", &format!("primary {primary}: {failure}")),
+        };
+        self.failed = Some(reply.clone());
+        reply
+    }
+
+    /// Passes on a part of the message, without its final dot.
+    ///
+    /// # Errors
+    /// The answer for the client at the end of its message, none of which is sent any more.
+    pub fn message(&mut self, part: &[u8]) -> Result<(), Reply> {
+        let deadline = Deadline::of_transaction(self.pool.limits().data, self.shutdown);
+        let sent = match &mut self.connection {
+            Some(connection) => connection.send_message(part, deadline),
+            None => Err(Failure::Lost(Step::Message)),
+        };
+        sent.map_err(|failure| self.fail(failure))
+    }
+
+    /// Passes on the last part of the message, with its final dot, and waits for the answer.
+    pub fn end(&mut self, part: &[u8]) -> Reply {
+        if let Err(reply) = self.message(part) {
+            return reply;
+        }
+        let answer = match &mut self.connection {
+            Some(connection) => {
+                connection.reply(Step::EndOfData, Deadline::uncut(self.pool.limits().data))
+            }
+            None => Err(Failure::Lost(Step::EndOfData)),
+        };
+        match answer {
+            Ok(reply) if reply.class() == Class::Intermediate => {
+                self.fail(Failure::Nonsense(Step::EndOfData, reply.to_string()))
+            }
+            Ok(reply) => {
+                self.open = false;
+                self.used = true;
+                match &mut self.connection {
+                    Some(connection) if reply.code() != 421 => connection.rest(),
+                    _ => self.connection = None,
+                }
+                reply
+            }
+            Err(failure) => self.fail(failure),
+        }
+    }
+
+    /// Ends the transaction in mid-message: closes without a dot.
+    pub fn abort(&mut self) {
+        self.connection = None;
+        self.open = false;
+    }
+
+    /// The client has left its transaction, by RSET or a new EHLO; or a failed one is over.
+    pub fn reset(&mut self) {
+        self.failed = None;
+        if !std::mem::take(&mut self.open) {
+            return;
+        }
+        let step = Step::Command("RSET");
+        let deadline = Deadline::of_transaction(self.pool.limits().command, self.shutdown);
+        if let Some(mut connection) = self.connection.take() {
+            let reply = connection
+                .send(b"RSET\r\n", step, deadline)
+                .and_then(|()| connection.reply(step, deadline));
+            if reply.is_ok_and(|reply| reply.class() == Class::Success) {
+                connection.rest();
+                self.used = true;
+                self.connection = Some(connection);
+            }
+        }
+    }
+
+    /// The client is silent, or gone: others may use the connection meanwhile.
+    pub fn release(&mut self) {
+        if self.open {
+            return;
+        }
+        if let Some(mut connection) = self.connection.take() {
+            connection.rest();
+            self.pool.put(connection);
+        }
+    }
+}
+
+/// What clients hear when the program ends.
+pub fn stopping() -> Reply {
+    Reply::new(421, "4.3.2", "smtp-dup is stopping; try again later")
+}

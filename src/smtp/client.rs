@@ -1,0 +1,139 @@
+//! The client's socket: what was read and not yet used, and what is still to be said.
+//!
+//! `session` owns one. Every wait is cut into ticks, so that the caller can look at the clock and
+//! at the end of the program.
+
+use std::io::{self, ErrorKind, Read, Write};
+use std::net::{SocketAddr, TcpStream};
+
+use nix::sys::socket::{MsgFlags, recv};
+use std::os::fd::AsRawFd;
+
+use super::reply::Reply;
+use super::session::Shared;
+use super::wire::Input;
+use crate::relay::connection::is_tick;
+use crate::shutdown::Deadline;
+
+/// What one read takes at most while a client sends commands, in octets. Idle clients are many.
+const COMMAND_BUFFER: usize = 4096;
+
+/// The client closed, or the network did.
+#[derive(Debug)]
+pub struct Gone;
+
+/// The client's socket, with what was read and what is to be written.
+pub struct Client<'a> {
+    stream: TcpStream,
+    /// Its address.
+    pub address: SocketAddr,
+    /// What was read and not yet used.
+    pub input: Input,
+    output: Vec<u8>,
+    shared: &'a Shared<'a>,
+}
+
+impl<'a> Client<'a> {
+    /// A client at the other end of `stream`, which has been prepared.
+    pub fn new(stream: TcpStream, address: SocketAddr, shared: &'a Shared<'a>) -> Client<'a> {
+        Client {
+            stream,
+            address,
+            input: Input::new(vec![0; COMMAND_BUFFER]),
+            output: Vec::new(),
+            shared,
+        }
+    }
+
+    /// Adds a reply to those that go out with the next flush.
+    pub fn say(&mut self, reply: &Reply) {
+        self.output.extend_from_slice(reply.wire());
+    }
+
+    /// Writes all replies at once.
+    pub fn flush(&mut self) -> Result<(), Gone> {
+        let deadline = Deadline::of_transaction(self.shared.timeout, self.shared.shutdown);
+        let mut rest = self.output.as_slice();
+        while !rest.is_empty() {
+            match self.stream.write(rest) {
+                Ok(0) => return Err(Gone),
+                Ok(n) => rest = &rest[n..],
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) if is_tick(&error) => deadline.left().map(drop).map_err(|_| Gone)?,
+                Err(_) => return Err(Gone),
+            }
+        }
+        self.output.clear();
+        Ok(())
+    }
+
+    /// Writes what is left to say. Closing a socket with unread input would make the peer lose
+    /// it, so that is read away, for a moment.
+    pub fn flush_and_close(&mut self) {
+        if self.flush().is_err() || self.stream.shutdown(std::net::Shutdown::Write).is_err() {
+            return;
+        }
+        let _ = self.stream.set_nonblocking(true);
+        let mut away = [0; 1024];
+        for _ in 0..64 {
+            if !matches!(self.stream.read(&mut away), Ok(1..)) {
+                break;
+            }
+        }
+    }
+
+    /// Waits for octets. False when a tick has passed without any.
+    pub fn read(&mut self) -> Result<bool, Gone> {
+        loop {
+            match self.stream.read(self.input.room()) {
+                Ok(0) => return Err(Gone),
+                Ok(n) => {
+                    self.input.filled(n);
+                    return Ok(true);
+                }
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) if is_tick(&error) => return Ok(false),
+                Err(_) => return Err(Gone),
+            }
+        }
+    }
+
+    /// Reads what is there already. False when nothing is.
+    pub fn read_now(&mut self) -> Result<bool, Gone> {
+        match recv_now(&self.stream, self.input.room()) {
+            Ok(0) => Err(Gone),
+            Ok(n) => {
+                self.input.filled(n);
+                Ok(true)
+            }
+            Err(error) if is_tick(&error) || error.kind() == ErrorKind::Interrupted => Ok(false),
+            Err(_) => Err(Gone),
+        }
+    }
+
+    /// Makes the reads big.
+    pub fn hold_much(&mut self) {
+        if self.input.capacity() == COMMAND_BUFFER {
+            self.input.swap(self.shared.buffers.take_in());
+        }
+    }
+
+    /// Makes the reads small, when what was read and not used is little.
+    pub fn hold_little(&mut self) {
+        if self.input.capacity() != COMMAND_BUFFER && self.input.unread().len() <= COMMAND_BUFFER {
+            let big = self.input.swap(vec![0; COMMAND_BUFFER]);
+            self.shared.buffers.put_in(big);
+        }
+    }
+}
+
+impl Drop for Client<'_> {
+    fn drop(&mut self) {
+        self.input.consume(usize::MAX);
+        self.hold_little();
+    }
+}
+
+fn recv_now(stream: &TcpStream, into: &mut [u8]) -> io::Result<usize> {
+    Ok(recv(stream.as_raw_fd(), into, MsgFlags::MSG_DONTWAIT)?)
+}

@@ -1,0 +1,160 @@
+//! One command line of a client -> a [`Command`].
+//!
+//! Only what has to be understood is: the verb, and for MAIL and RCPT where the path ends and the
+//! parameters begin. Paths are not looked into, so that quoted local parts, address literals,
+//! source routes and UTF-8 are all the primary's to judge.
+
+use super::envelope::Path;
+
+/// A command that could be read.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Command {
+    /// EHLO, with what the client calls itself.
+    Ehlo(Vec<u8>),
+    /// HELO, with what the client calls itself.
+    Helo(Vec<u8>),
+    /// A command of the transaction, which travels to the primary.
+    Relayed(Relayed),
+    /// RSET, whatever its argument.
+    Rset,
+    /// NOOP, whatever its argument.
+    Noop,
+    /// QUIT, whatever its argument.
+    Quit,
+    /// HELP.
+    Help,
+    /// VRFY.
+    Vrfy,
+    /// A command of SMTP that is not offered: EXPN, AUTH, STARTTLS, BDAT, TURN …
+    NotOffered,
+}
+
+/// A command that the primary answers.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Relayed {
+    /// MAIL with its reverse-path.
+    Mail(Path),
+    /// RCPT with a forward-path.
+    Rcpt(Path),
+    /// DATA.
+    Data,
+}
+
+/// Why a line is no command.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Malformed {
+    /// The verb is not known: 500.
+    Unknown,
+    /// The verb is, its argument is not right: 501 with what is wrong.
+    Argument(&'static str),
+}
+
+impl Relayed {
+    /// The verb, for log lines and errors.
+    pub fn verb(&self) -> &'static str {
+        match self {
+            Relayed::Mail(_) => "MAIL",
+            Relayed::Rcpt(_) => "RCPT",
+            Relayed::Data => "DATA",
+        }
+    }
+
+    /// Appends the command as it goes to the primary.
+    pub fn write(&self, out: &mut Vec<u8>) {
+        let (start, path) = match self {
+            Relayed::Mail(path) => ("MAIL FROM:", path),
+            Relayed::Rcpt(path) => ("RCPT TO:", path),
+            Relayed::Data => return out.extend_from_slice(b"DATA\r\n"),
+        };
+        out.extend_from_slice(start.as_bytes());
+        out.extend_from_slice(&path.path);
+        if !path.parameters.is_empty() {
+            out.push(b' ');
+            out.extend_from_slice(&path.parameters);
+        }
+        out.extend_from_slice(b"\r\n");
+    }
+}
+
+impl Command {
+    /// Reads a line without its ending. Verbs may be in any case, blanks may trail.
+    ///
+    /// # Errors
+    /// [`Malformed`] says which reply the line deserves.
+    pub fn parse(line: &[u8]) -> Result<Command, Malformed> {
+        // What is passed on must be one line for every server: no bare CR, no NUL.
+        if line.iter().any(|&o| o == b'\r' || o == 0) {
+            return Err(Malformed::Argument("a command holds no CR and no NUL"));
+        }
+        let line = line.trim_ascii();
+        let end = line.iter().position(|&o| o == b' ' || o == b'\t').unwrap_or(line.len());
+        let (verb, argument) = (&line[..end], line[end..].trim_ascii_start());
+        match verb.to_ascii_uppercase().as_slice() {
+            b"EHLO" => name(argument).map(Command::Ehlo),
+            b"HELO" => name(argument).map(Command::Helo),
+            b"MAIL" => path(argument, b"FROM").map(Relayed::Mail).map(Command::Relayed),
+            b"RCPT" => path(argument, b"TO").map(Relayed::Rcpt).map(Command::Relayed),
+            b"DATA" if argument.is_empty() => Ok(Command::Relayed(Relayed::Data)),
+            b"DATA" => Err(Malformed::Argument("DATA takes no argument")),
+            b"RSET" => Ok(Command::Rset),
+            b"NOOP" => Ok(Command::Noop),
+            b"QUIT" => Ok(Command::Quit),
+            b"HELP" => Ok(Command::Help),
+            b"VRFY" => Ok(Command::Vrfy),
+            b"EXPN" | b"AUTH" | b"STARTTLS" | b"BDAT" | b"TURN" | b"ETRN" | b"SEND" | b"SOML"
+            | b"SAML" | b"XFORWARD" | b"XCLIENT" => Ok(Command::NotOffered),
+            _ => Err(Malformed::Unknown),
+        }
+    }
+}
+
+/// The argument of EHLO and HELO: the first word.
+fn name(argument: &[u8]) -> Result<Vec<u8>, Malformed> {
+    match argument.split(|o| o.is_ascii_whitespace()).next() {
+        Some(name) if !name.is_empty() => Ok(name.to_vec()),
+        _ => Err(Malformed::Argument("a host name is missing")),
+    }
+}
+
+/// `FROM:<path> parameters` or `TO:<path> parameters`, with blanks allowed around the colon.
+fn path(argument: &[u8], word: &[u8]) -> Result<Path, Malformed> {
+    let rest = match argument.split_at_checked(word.len()) {
+        Some((head, rest)) if head.eq_ignore_ascii_case(word) => rest.trim_ascii_start(),
+        _ => {
+            return Err(Malformed::Argument(
+                "the syntax is MAIL FROM:<address>, RCPT TO:<address>",
+            ));
+        }
+    };
+    let rest = match rest {
+        [b':', rest @ ..] => rest.trim_ascii_start(),
+        _ => return Err(Malformed::Argument("a colon is missing")),
+    };
+    let end = path_end(rest).ok_or(Malformed::Argument("a path ends with >"))?;
+    let (path, parameters) = rest.split_at(end);
+    if path.is_empty() {
+        return Err(Malformed::Argument("an address is missing"));
+    }
+    if parameters.first().is_some_and(|o| !o.is_ascii_whitespace()) {
+        return Err(Malformed::Argument("a blank is missing behind the path"));
+    }
+    Ok(Path { path: path.to_vec(), parameters: parameters.trim_ascii().to_vec() })
+}
+
+/// Where the path at the head of `text` ends: behind its closing bracket, which may also stand
+/// inside a quoted local part; a path without brackets ends at a blank.
+fn path_end(text: &[u8]) -> Option<usize> {
+    let bracketed = text.first() == Some(&b'<');
+    let (mut quoted, mut escaped) = (false, false);
+    for (at, &octet) in text.iter().enumerate() {
+        match octet {
+            _ if escaped => escaped = false,
+            b'\\' if quoted => escaped = true,
+            b'"' => quoted = !quoted,
+            b'>' if bracketed && !quoted => return Some(at + 1),
+            b' ' | b'\t' if !bracketed && !quoted => return Some(at),
+            _ => {}
+        }
+    }
+    (!bracketed).then_some(text.len())
+}

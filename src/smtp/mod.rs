@@ -1,0 +1,10 @@
+//! The receiving side: what a client says, and what it hears.
+
+pub mod client;
+pub mod command;
+pub mod envelope;
+pub mod grammar;
+pub mod incoming;
+pub mod reply;
+pub mod session;
+pub mod wire;

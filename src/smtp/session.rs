@@ -1,0 +1,490 @@
+//! One client: commands in, replies out.
+//!
+//! `server` calls [`Session::serve`] on a worker thread for each connection. Commands of the
+//! transaction are relayed to the primary, as many at once as the client sent and all can be
+//! expected to be in order; the others are answered here. Replies are collected and go out in one
+//! write when nothing is left to answer.
+
+use std::net::{SocketAddr, TcpStream};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::client::{Client, Gone};
+use super::command::{Command, Malformed, Relayed};
+use super::envelope::{Envelope, Path};
+use super::grammar::{Grammar, Step};
+use super::incoming::Incoming;
+use super::reply::{Class, Reply};
+use super::wire::Line;
+use crate::buffers::Buffers;
+use crate::maillog;
+use crate::message::{Budget, QueueId};
+use crate::relay::agent::Agents;
+use crate::relay::pool::Pool;
+use crate::relay::primary::{MAX_UNANSWERED, Primary, stopping};
+use crate::shutdown::{Deadline, Expired, Shutdown};
+
+/// Commands that are unknown, malformed or out of order, one after the other, before the client
+/// is cut off. What the primary refuses does not count.
+const MAX_ERRORS: u32 = 20;
+
+/// This much of a message is passed on at once, if the client sends it without a pause.
+const PASS_ON: usize = 64 * 1024;
+
+/// What all sessions share.
+pub struct Shared<'a> {
+    /// Our name in the greeting.
+    pub domain: &'a str,
+    /// Octets of a message, 0 for no limit of ours.
+    pub max_message_size: u64,
+    /// Recipients of a message.
+    pub max_recipients: usize,
+    /// Longest silence of a client.
+    pub timeout: Duration,
+    /// Connections to the primary.
+    pub primary: &'a Pool,
+    /// Memory for copies.
+    pub budget: &'a Arc<Budget>,
+    /// Big buffers, for messages.
+    pub buffers: &'a Buffers,
+    /// The end of the program.
+    pub shutdown: &'a Shutdown,
+}
+
+/// A client's session.
+pub struct Session<'a, 'scope, 'env> {
+    shared: &'a Shared<'a>,
+    agents: &'a Agents<'scope, 'env>,
+    client: Client<'a>,
+    grammar: Grammar,
+    primary: Primary<'a>,
+    /// EHLO or HELO was accepted.
+    greeted: bool,
+    transaction: Option<Transaction>,
+    errors: u32,
+}
+
+/// From an accepted MAIL to the end of its message.
+struct Transaction {
+    id: QueueId,
+    envelope: Envelope,
+}
+
+/// How a session ends. Not by an error of ours: that is a reply.
+#[derive(Debug)]
+enum End {
+    /// The client said QUIT.
+    Quit,
+    /// We said 421.
+    Closing,
+    /// The client closed, or the network did.
+    Gone,
+}
+
+impl From<Gone> for End {
+    fn from(_: Gone) -> End {
+        End::Gone
+    }
+}
+
+impl<'a, 'scope, 'env> Session<'a, 'scope, 'env> {
+    /// A session with the client at the other end of `stream`.
+    pub fn new(
+        stream: TcpStream,
+        address: SocketAddr,
+        shared: &'a Shared<'a>,
+        agents: &'a Agents<'scope, 'env>,
+    ) -> Self {
+        Session {
+            shared,
+            agents,
+            client: Client::new(stream, address, shared),
+            grammar: Grammar::new(),
+            primary: Primary::new(shared.primary, shared.shutdown, shared.max_message_size),
+            greeted: false,
+            transaction: None,
+            errors: 0,
+        }
+    }
+
+    /// Serves the client until either side ends it.
+    pub fn serve(mut self) {
+        let address = self.client.address;
+        maillog::connected(address);
+        let Err(end) = self.converse();
+        let how = match end {
+            End::Quit => "said QUIT",
+            End::Closing => "was told to go",
+            End::Gone => "went away",
+        };
+        if let Some(transaction) = &self.transaction {
+            maillog::transaction_lost(transaction.id, address, how);
+        }
+        maillog::disconnected(address, how);
+        self.client.flush_and_close();
+        self.primary.release();
+    }
+
+    fn converse(&mut self) -> Result<std::convert::Infallible, End> {
+        self.client.say(&Reply::new(220, "", &format!("{} ESMTP smtp-dup", self.shared.domain)));
+        loop {
+            let run = self.take_run();
+            if !run.is_empty() {
+                self.relay(&run)?;
+                continue;
+            }
+            match self.client.input.peek_line() {
+                Line::Whole(line) => {
+                    let command = Command::parse(line);
+                    self.client.input.consume_line();
+                    self.answer(command)?;
+                }
+                Line::TooLong => self.mistake(Reply::new(500, "5.5.2", "line too long"))?,
+                Line::Partial => self.read_commands()?,
+            }
+        }
+    }
+
+    /// Waits for more commands.
+    fn read_commands(&mut self) -> Result<(), End> {
+        self.client.flush()?;
+        let deadline = match self.transaction {
+            Some(_) => Deadline::of_transaction(self.shared.timeout, self.shared.shutdown),
+            None => Deadline::uncut(self.shared.timeout),
+        };
+        while !self.client.read()? {
+            // The client was silent for a tick: others may need what it does not use.
+            self.primary.release();
+            self.client.hold_little();
+            if self.transaction.is_none() && self.shared.shutdown.has_begun() {
+                return self.close(&stopping());
+            }
+            if let Err(expired) = deadline.left() {
+                return self.close(&expiry(expired));
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes from the input the commands that can go to the primary together, `[MAIL] RCPT*
+    /// [DATA]`: all that will be in order if the primary accepts them, and that no check of ours
+    /// refuses. Where it stops, [`Session::answer`] finds out why.
+    fn take_run(&mut self) -> Vec<Relayed> {
+        let mut run = Vec::new();
+        if !self.greeted || self.primary.failure().is_some() {
+            return run;
+        }
+        let mut open = self.transaction.is_some();
+        let mut recipients =
+            self.transaction.as_ref().map_or(0, |t| t.envelope.forward_paths.len());
+        let mut octets = 0;
+        while octets < MAX_UNANSWERED && (run.is_empty() || self.primary.takes_batches()) {
+            let Line::Whole(line) = self.client.input.peek_line() else { break };
+            octets += line.len() + 2;
+            let Ok(Command::Relayed(command)) = Command::parse(line) else { break };
+            let in_order = match &command {
+                Relayed::Mail(path) => !open && self.check_size(path).is_ok(),
+                Relayed::Rcpt(_) => open && recipients < self.shared.max_recipients,
+                Relayed::Data => open && recipients > 0,
+            };
+            if !in_order {
+                break;
+            }
+            open = true;
+            recipients += usize::from(matches!(command, Relayed::Rcpt(_)));
+            let is_last = command == Relayed::Data;
+            run.push(command);
+            self.client.input.consume_line();
+            if is_last {
+                break;
+            }
+        }
+        run
+    }
+
+    /// Sends a run of commands to the primary and passes its replies on.
+    fn relay(&mut self, run: &[Relayed]) -> Result<(), End> {
+        self.errors = 0;
+        if let Err(reply) = self.primary.send(run) {
+            return self.close(&reply);
+        }
+        for (n, command) in run.iter().enumerate() {
+            let reply = self.primary.answer(command, n == 0);
+            self.relayed(command, reply)?;
+        }
+        Ok(())
+    }
+
+    /// The primary, or its failure, has answered a command.
+    fn relayed(&mut self, command: &Relayed, reply: Reply) -> Result<(), End> {
+        let step = match command {
+            Relayed::Mail(_) => Step::Mail,
+            Relayed::Rcpt(_) => Step::Rcpt,
+            Relayed::Data => Step::Data,
+        };
+        let success = matches!(reply.class(), Class::Success | Class::Intermediate);
+        if !self.grammar.step(step, &reply) && success {
+            // The primary went on where it had refused what comes before: 354 though it accepted
+            // no recipient, or 250 to RCPT after a refused MAIL. Only closing gets out of that.
+            self.primary.abort();
+            self.transaction = None;
+            self.client.say(&out_of_order(command));
+            return Ok(());
+        }
+        if reply.code() == 421 {
+            return self.close(&reply);
+        }
+        match command {
+            Relayed::Mail(path) if success => {
+                let envelope = Envelope { reverse_path: path.clone(), forward_paths: Vec::new() };
+                self.transaction = Some(Transaction { id: QueueId::next(), envelope });
+            }
+            Relayed::Rcpt(path) if success => {
+                if let Some(transaction) = &mut self.transaction {
+                    transaction.envelope.forward_paths.push(path.clone());
+                }
+            }
+            Relayed::Mail(path) | Relayed::Rcpt(path) => {
+                let id = self.transaction.as_ref().map_or_else(QueueId::next, |t| t.id);
+                maillog::primary_refused(
+                    id,
+                    self.shared.primary.destination(),
+                    command.verb(),
+                    path,
+                    &reply,
+                );
+            }
+            Relayed::Data => {}
+        }
+        self.client.say(&reply);
+        if *command == Relayed::Data {
+            if success {
+                return self.receive();
+            }
+            if self.primary.failure().is_some() {
+                self.leave_transaction();
+            }
+        }
+        Ok(())
+    }
+
+    /// Answers a command that does not go to the primary, or not in this state.
+    fn answer(&mut self, command: Result<Command, Malformed>) -> Result<(), End> {
+        let reply = match command {
+            Err(Malformed::Unknown) => {
+                return self.mistake(Reply::new(500, "5.5.2", "command unknown"));
+            }
+            Err(Malformed::Argument(what)) => return self.mistake(Reply::new(501, "5.5.4", what)),
+            Ok(Command::NotOffered) => {
+                return self.mistake(Reply::new(502, "5.5.1", "command not offered"));
+            }
+            Ok(Command::Relayed(command)) => return self.refuse(&command),
+            Ok(Command::Quit) => {
+                self.client.say(&Reply::new(221, "2.0.0", "bye"));
+                return Err(End::Quit);
+            }
+            Ok(Command::Ehlo(_)) => return self.hello(true),
+            Ok(Command::Helo(_)) => return self.hello(false),
+            Ok(Command::Rset) => {
+                self.leave_transaction();
+                Reply::new(250, "2.0.0", "ok")
+            }
+            Ok(Command::Noop) => Reply::new(250, "2.0.0", "ok"),
+            Ok(Command::Vrfy) => Reply::new(252, "2.0.0", "not verified; send mail to find out"),
+            Ok(Command::Help) => Reply::new(214, "2.0.0", "see smtp-dup(8)"),
+        };
+        self.errors = 0;
+        self.client.say(&reply);
+        Ok(())
+    }
+
+    /// EHLO or HELO: what the primary offers is what we offer.
+    fn hello(&mut self, extended: bool) -> Result<(), End> {
+        self.errors = 0;
+        self.leave_transaction();
+        let offered = match self.primary.hello(extended) {
+            Ok(offered) => offered,
+            Err(reply) => return self.close(&reply),
+        };
+        let mut lines = vec![self.shared.domain.to_string()];
+        if extended {
+            lines.extend(offered.lines());
+        }
+        let reply = Reply::lines(250, &lines);
+        self.grammar.step(Step::Hello, &reply);
+        self.greeted = true;
+        self.client.say(&reply);
+        Ok(())
+    }
+
+    /// RSET, a new EHLO, or the end of a failed transaction: back to the state after EHLO.
+    fn leave_transaction(&mut self) {
+        self.transaction = None;
+        self.primary.reset();
+        self.grammar.step(Step::Rset, &Reply::new(250, "", ""));
+    }
+
+    /// Answers a command of the transaction that [`Session::take_run`] left.
+    fn refuse(&mut self, command: &Relayed) -> Result<(), End> {
+        if let Some(failure) = self.primary.failure().cloned() {
+            let fresh = self.transaction.is_none() && matches!(command, Relayed::Mail(_));
+            if !fresh {
+                return self.relayed(command, failure);
+            }
+            // The failed transaction never began for the client: this is another.
+            self.leave_transaction();
+            return self.relay(std::slice::from_ref(command));
+        }
+        match command {
+            Relayed::Mail(path) if self.greeted && self.transaction.is_none() => {
+                if let Err(reply) = self.check_size(path) {
+                    maillog::over_limit(self.client.address, &reply, "smtp.max_message_size");
+                    self.client.say(&reply);
+                }
+                Ok(())
+            }
+            Relayed::Rcpt(_) if self.transaction.is_some() => {
+                let reply = Reply::new(452, "4.5.3", "too many recipients");
+                maillog::over_limit(self.client.address, &reply, "smtp.max_recipients");
+                self.client.say(&reply);
+                Ok(())
+            }
+            _ => self.mistake(out_of_order(command)),
+        }
+    }
+
+    /// The size that MAIL declares must be within our limit.
+    fn check_size(&self, path: &Path) -> Result<(), Reply> {
+        let declared = path
+            .value("SIZE")
+            .and_then(|value| std::str::from_utf8(value).ok())
+            .and_then(|v| v.parse::<u64>().ok());
+        match declared {
+            Some(size) if self.is_too_big(size) => Err(self.too_big()),
+            _ => Ok(()),
+        }
+    }
+
+    fn is_too_big(&self, octets: u64) -> bool {
+        let limit = self.shared.max_message_size;
+        limit > 0 && octets > limit
+    }
+
+    fn too_big(&self) -> Reply {
+        Reply::new(
+            552,
+            "5.3.4",
+            &format!("message is over the limit of {} octets", self.shared.max_message_size),
+        )
+    }
+
+    /// Answers a mistake of the client, of which it may make so many.
+    fn mistake(&mut self, reply: Reply) -> Result<(), End> {
+        maillog::command_refused(self.client.address, &reply);
+        self.client.say(&reply);
+        self.errors += 1;
+        match self.errors {
+            MAX_ERRORS.. => self.close(&Reply::new(421, "4.7.0", "too many errors")),
+            _ => Ok(()),
+        }
+    }
+
+    /// A last reply, and the end.
+    fn close<T>(&mut self, reply: &Reply) -> Result<T, End> {
+        self.client.say(reply);
+        Err(End::Closing)
+    }
+
+    /// Receives the message behind a 354 and passes it on while it comes.
+    fn receive(&mut self) -> Result<(), End> {
+        let Some(Transaction { id, envelope }) = self.transaction.take() else { return Ok(()) };
+        let begun = Instant::now();
+        self.client.flush()?;
+        let mut message = Incoming::new(self.shared, self.agents.are_wanted());
+        let reply = match self.pass_on(&mut message) {
+            Ok(reply) => reply,
+            Err(end) => {
+                self.primary.abort();
+                self.transaction = Some(Transaction { id, envelope });
+                return Err(end);
+            }
+        };
+        let (client, size) = (self.client.address, message.size);
+        maillog::message(id, client, &envelope, size, message.message_id.as_deref());
+        maillog::primary_answered(id, self.shared.primary.destination(), begun, &reply);
+        if reply.class() == Class::Success {
+            match message.finish(id, envelope) {
+                Some(Ok(message)) => self.agents.take(message),
+                Some(Err(why)) => self.agents.lose(id, &why),
+                None => {}
+            }
+        }
+        self.grammar.step(Step::EndOfData, &reply);
+        self.primary.reset();
+        if reply.code() == 421 {
+            return self.close(&reply);
+        }
+        self.client.say(&reply);
+        Ok(())
+    }
+
+    /// Reads the message to its end. Gives the reply to it: the primary's, or the failure that
+    /// kept it from the primary.
+    fn pass_on(&mut self, message: &mut Incoming) -> Result<Reply, End> {
+        let mut outcome = Ok(());
+        self.client.hold_much();
+        if self.client.input.unread().is_empty() {
+            self.read_message()?;
+        }
+        loop {
+            let ended = message.decode(&mut self.client.input);
+            if outcome.is_ok() && self.is_too_big(message.size) {
+                self.primary.abort();
+                maillog::over_limit(self.client.address, &self.too_big(), "smtp.max_message_size");
+                outcome = Err(self.too_big());
+            }
+            if ended {
+                return Ok(match outcome {
+                    Ok(()) => self.primary.end(message.unsent()),
+                    Err(reply) => reply,
+                });
+            }
+            let read = message.unsent().len() < PASS_ON && self.client.read_now()?;
+            if read {
+                continue;
+            }
+            if outcome.is_ok() && !message.unsent().is_empty() {
+                outcome = self.primary.message(message.unsent());
+            }
+            message.sent(outcome.is_ok());
+            self.read_message()?;
+        }
+    }
+
+    /// Waits for more of the message.
+    fn read_message(&mut self) -> Result<(), End> {
+        let deadline = Deadline::of_transaction(self.shared.timeout, self.shared.shutdown);
+        while !self.client.read()? {
+            if let Err(expired) = deadline.left() {
+                self.primary.abort();
+                return self.close(&expiry(expired));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What a client hears when a wait for it has ended.
+fn expiry(expired: Expired) -> Reply {
+    match expired {
+        Expired::TimedOut => Reply::new(421, "4.4.2", "timed out waiting for you"),
+        Expired::Stopping => stopping(),
+    }
+}
+
+fn out_of_order(command: &Relayed) -> Reply {
+    match command {
+        Relayed::Data => Reply::new(503, "5.5.1", "no valid recipients"),
+        command => Reply::new(503, "5.5.1", &format!("{} out of order", command.verb())),
+    }
+}
