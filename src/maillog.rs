@@ -4,11 +4,10 @@
 //! line holds any of a message but its Message-ID.
 
 use std::fmt::Display;
-use std::io::Write;
 use std::net::SocketAddr;
 use std::time::{Instant, SystemTime};
 
-use log::{Level, debug, error, info, warn};
+use log::{Level, Log, Metadata, Record, debug, error, info, warn};
 
 use crate::config::Config;
 use crate::message::QueueId;
@@ -20,19 +19,43 @@ use crate::smtp::reply::{Class, Reply};
 /// Logs on stderr, at `level` unless RUST_LOG says otherwise.
 pub fn start(level: log::LevelFilter) {
     let environment = env_logger::Env::default().default_filter_or(level.as_str());
-    env_logger::Builder::from_env(environment)
-        .format(|out, record| {
-            let time = humantime::format_rfc3339_millis(SystemTime::now());
-            let mark = match record.level() {
-                Level::Error => "error: ",
-                Level::Warn => "warning: ",
-                Level::Info => "",
-                Level::Debug => "debug: ",
-                Level::Trace => "trace: ",
-            };
-            writeln!(out, "{time} {mark}{}", record.args())
-        })
-        .init();
+    let filter = env_logger::Builder::from_env(environment).build();
+    log::set_max_level(filter.filter());
+    // Fails only if there is a logger already, which then is as good.
+    let _ = log::set_boxed_logger(Box::new(Stderr { filter }));
+}
+
+/// Lines on stderr, each in one write(2). Without a lock around it: many threads log at once, and
+/// a short write to a file or pipe is not torn.
+struct Stderr {
+    filter: env_logger::Logger,
+}
+
+impl Log for Stderr {
+    fn enabled(&self, metadata: &Metadata) -> bool {
+        self.filter.enabled(metadata)
+    }
+
+    fn log(&self, record: &Record) {
+        if !self.filter.matches(record) {
+            return;
+        }
+        let time = humantime::format_rfc3339_millis(SystemTime::now());
+        let mark = match record.level() {
+            Level::Error => "error: ",
+            Level::Warn => "warning: ",
+            Level::Info => "",
+            Level::Debug => "debug: ",
+            Level::Trace => "trace: ",
+        };
+        let mut lines = String::new();
+        for line in record.args().to_string().split('\n') {
+            lines.push_str(&format!("{time} {mark}{line}\n"));
+        }
+        let _ = nix::unistd::write(std::io::stderr(), lines.as_bytes());
+    }
+
+    fn flush(&self) {}
 }
 
 /// The first line: which program, from where, to where.
@@ -111,34 +134,40 @@ pub fn no_thread(what: &str, failure: &std::io::Error) {
     error!("{what}: no thread: {failure}");
 }
 
-/// A message is whole, whatever the primary says of it.
-pub fn message(
-    id: QueueId,
-    client: SocketAddr,
-    envelope: &Envelope,
-    size: u64,
-    message_id: Option<&[u8]>,
-) {
-    info!(
-        "{id}: client={client} from={} size={size} nrcpt={} message-id={}",
-        envelope.reverse_path.display(),
-        envelope.forward_paths.len(),
-        message_id.map_or(String::new(), |octets| one_line(&String::from_utf8_lossy(octets))),
-    );
-}
-
-/// What the primary said of a message.
-pub fn primary_answered(id: QueueId, primary: &Destination, since: Instant, reply: &Reply) {
+/// A message has come in whole, and what the primary said of it; or what we did, if it was kept
+/// from the primary. Two lines in one write: this is
+/// logged for every message, while its client waits.
+pub fn message(seen: &Seen, primary: Option<&Destination>, since: Instant, reply: &Reply) {
+    let Seen { id, client, envelope, size, message_id } = seen;
     let status = match reply.class() {
         Class::Success => "sent",
         Class::Permanent => "refused",
         Class::Intermediate | Class::Transient => "deferred",
     };
+    let relay = primary.map_or("none".into(), |primary| format!("{primary} role=primary"));
     info!(
-        "{id}: relay={primary} role=primary delay={} status={status} ({})",
+        "{id}: client={client} from={} size={size} nrcpt={} message-id={}\n\
+         {id}: relay={relay} delay={} status={status} ({})",
+        envelope.reverse_path.display(),
+        envelope.forward_paths.len(),
+        message_id.map_or(String::new(), |octets| one_line(&String::from_utf8_lossy(octets))),
         delay(since),
-        one_line(&reply.to_string())
+        one_line(&reply.to_string()),
     );
+}
+
+/// What is logged of a message itself.
+pub struct Seen<'a> {
+    /// Its name in the log.
+    pub id: QueueId,
+    /// Who sent it.
+    pub client: SocketAddr,
+    /// Whom it is from, and to how many.
+    pub envelope: &'a Envelope,
+    /// Octets, without the final dot.
+    pub size: u64,
+    /// Its Message-ID field, if it was found.
+    pub message_id: Option<&'a [u8]>,
 }
 
 /// The primary refused MAIL or RCPT.

@@ -20,7 +20,10 @@ fn main() -> ExitCode {
             return ExitCode::SUCCESS;
         }
         Err(exit) => {
-            eprintln!("smtp-dup: {}; see smtp-dup --help", exit.output.trim());
+            eprintln!(
+                "smtp-dup: {}; see smtp-dup --help",
+                exit.output.trim().trim_end_matches('.')
+            );
             return ExitCode::from(WRONG_USE);
         }
     };

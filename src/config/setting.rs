@@ -17,7 +17,7 @@ use crate::relay::destination::Destination;
 #[derive(Debug, Clone, Deserialize)]
 #[serde(untagged)]
 pub enum Setting {
-    Number(i128),
+    Number(i64),
     Float(f64),
     Flag(bool),
     Text(String),

@@ -107,18 +107,17 @@ impl<'scope, 'env> Agents<'scope, 'env> {
     ) -> Result<Attempt, Failure> {
         if let Some(mut connection) = at_hand.take() {
             match copy.send(&mut connection, self.shutdown) {
-                Ok(attempt) => {
-                    *at_hand = Some(connection);
-                    return Ok(attempt);
-                }
                 Err(failure) if is_stale(&failure) => {}
-                Err(failure) => return Err(failure),
+                sent => {
+                    *at_hand = Some(connection).filter(Connection::is_at_rest);
+                    return sent;
+                }
             }
         }
         let mut connection = backup.connect(self.shutdown)?;
-        let attempt = copy.send(&mut connection, self.shutdown)?;
-        *at_hand = Some(connection);
-        Ok(attempt)
+        let sent = copy.send(&mut connection, self.shutdown);
+        *at_hand = Some(connection).filter(Connection::is_at_rest);
+        sent
     }
 
     /// Lets the agents finish, within the time that the shutdown gives them, and names what is

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, unbounded};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded, unbounded};
 
 use super::connection::{Connection, Failure, Limits};
 use super::copy::Copy;
@@ -21,6 +21,12 @@ use crate::shutdown::{Deadline, Shutdown};
 
 /// An agent without work ends after this time.
 const IDLE: Duration = Duration::from_secs(60);
+
+/// So many copies may wait for each agent before there is one more agent …
+const BACKLOG: usize = 4;
+
+/// … or none has been taken for this time.
+const SLOW: Duration = Duration::from_millis(20);
 
 /// The first pause of all.
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
@@ -38,14 +44,15 @@ pub struct Backup {
     domain: String,
     limits: Limits,
     most_agents: usize,
-    copies: Receiver<Copy>,
+    /// Copies, each for whichever agent is first, and `None` behind them when the drain begins.
+    copies: (Sender<Option<Copy>>, Receiver<Option<Copy>>),
     closing: Receiver<()>,
     state: Mutex<State>,
     dsn_missed: AtomicBool,
 }
 
 struct State {
-    /// Until the drain: the ends by which copies and agents come in.
+    /// Until the drain.
     open: Option<Open>,
     agents: usize,
     /// Agents that wait for work.
@@ -57,11 +64,12 @@ struct State {
     serial: u64,
     /// Being sent at this moment.
     in_flight: Vec<QueueId>,
+    /// When an agent last took a copy.
+    taken: Instant,
 }
 
 /// Dropped as one when the drain begins: the channels' other sides notice.
 struct Open {
-    copies: Sender<Copy>,
     _closing: Sender<()>,
     /// Every agent holds a clone: the last that goes is noticed.
     alive: Sender<()>,
@@ -85,9 +93,8 @@ impl Backup {
         most_agents: usize,
         alive: &Sender<()>,
     ) -> Backup {
-        let (sender, copies) = unbounded();
-        let (closing_sender, closing) = unbounded();
-        let open = Open { copies: sender, _closing: closing_sender, alive: alive.clone() };
+        let (closing_sender, closing) = bounded(0);
+        let open = Open { _closing: closing_sender, alive: alive.clone() };
         let state = State {
             open: Some(open),
             agents: 0,
@@ -96,13 +103,14 @@ impl Backup {
             deferred: BTreeMap::new(),
             serial: 0,
             in_flight: Vec::new(),
+            taken: Instant::now(),
         };
         Backup {
             destination,
             domain,
             limits,
             most_agents,
-            copies,
+            copies: unbounded(),
             closing,
             state: Mutex::new(state),
             dsn_missed: AtomicBool::new(false),
@@ -111,18 +119,19 @@ impl Backup {
 
     /// Takes a copy into the queue.
     pub fn enqueue(&self, copy: Copy) {
-        // Kept open until the last worker has ended.
-        if let Some(open) = &self.state().open {
-            let _ = open.copies.send(copy);
-        }
+        // Without the lock, for it wakes an agent that will want it. The receiver lives as long.
+        let _ = self.copies.0.send(Some(copy));
     }
 
-    /// Leave to start one more agent, when there is more to do than agents to do it.
+    /// Leave to start one more agent, when those at work do not keep up. One that is always at
+    /// work is cheaper than several that are woken for every copy.
     pub fn recruit(&self) -> Option<Leave> {
+        let backlog = self.copies.1.len();
         let mut state = self.state();
-        let wanted = match state.hold {
-            Some(_) => state.agents == 0,
-            None => state.agents < self.most_agents && self.copies.len() > state.idle,
+        let wanted = match state.agents {
+            0 => true,
+            agents if state.hold.is_some() || state.idle > 0 || agents >= self.most_agents => false,
+            agents => backlog > BACKLOG * agents || backlog > 0 && state.taken.elapsed() > SLOW,
         };
         let leave = state.open.as_ref().filter(|_| wanted).map(|open| Leave(open.alive.clone()))?;
         state.agents += 1;
@@ -150,11 +159,10 @@ impl Backup {
             if held_until.is_none() {
                 let copy = match due {
                     Some(due) if due <= now => state.deferred.pop_first().map(|(_, copy)| copy),
-                    _ => self.copies.try_recv().ok(),
+                    _ => self.copies.1.try_recv().ok().and_then(|sent| self.copy_or_end(sent)),
                 };
                 if let Some(copy) = copy {
-                    state.in_flight.push(copy.message.id);
-                    return Some(copy);
+                    return Some(state.taken(copy));
                 }
             }
             let wake = held_until.or(due);
@@ -174,11 +182,10 @@ impl Backup {
             let mut state = self.state();
             state.idle -= usize::from(held_until.is_none());
             if let Some(copy) = copy {
-                state.in_flight.push(copy.message.id);
-                return Some(copy);
+                return Some(state.taken(copy));
             }
-            let over = Instant::now().duration_since(now) >= IDLE;
-            if over && state.deferred.is_empty() && self.copies.is_empty() {
+            let over = now.elapsed() >= IDLE;
+            if over && state.deferred.is_empty() && self.copies.1.is_empty() {
                 state.agents -= 1;
                 return None;
             }
@@ -195,12 +202,23 @@ impl Backup {
 
     /// Waits for a copy, until the next deferred one is due or the drain begins.
     fn wait_for_work(&self, until: Instant) -> Option<Copy> {
-        match self.copies.recv_deadline(until) {
-            Ok(copy) => return Some(copy),
-            Err(RecvTimeoutError::Disconnected) => self.wait_draining(until),
-            Err(RecvTimeoutError::Timeout) => {}
+        match self.copies.1.recv_deadline(until) {
+            Ok(Some(copy)) => return Some(copy),
+            Ok(None) => {
+                self.copy_or_end(None);
+                self.wait_draining(until);
+            }
+            Err(_) => {}
         }
         None
+    }
+
+    /// The mark of the drain is behind all copies and is for every agent: it goes back.
+    fn copy_or_end(&self, sent: Option<Copy>) -> Option<Copy> {
+        if sent.is_none() {
+            let _ = self.copies.0.send(None);
+        }
+        sent
     }
 
     /// The drain has begun, or is about to: nothing can come in that a wait would miss. Not
@@ -281,13 +299,15 @@ impl Backup {
     /// No copy comes any more: the agents finish what can be finished and end.
     pub fn close(&self) {
         self.state().open = None;
+        let _ = self.copies.0.send(None);
     }
 
     /// Names every copy that is left.
     pub fn name_lost(&self) {
         let mut state = self.state();
-        let waiting =
-            std::mem::take(&mut state.deferred).into_values().chain(self.copies.try_iter());
+        let waiting = std::mem::take(&mut state.deferred)
+            .into_values()
+            .chain(self.copies.1.try_iter().flatten());
         let waiting = waiting.map(|copy| copy.message.id);
         for id in waiting.chain(state.in_flight.drain(..)) {
             maillog::copy_lost(id, &self.destination, "smtp-dup is stopping");
@@ -304,6 +324,12 @@ impl State {
         self.landed(&copy);
         self.serial += 1;
         self.deferred.insert((until, self.serial), copy);
+    }
+
+    fn taken(&mut self, copy: Copy) -> Copy {
+        self.taken = Instant::now();
+        self.in_flight.push(copy.message.id);
+        copy
     }
 
     fn landed(&mut self, copy: &Copy) {

@@ -143,7 +143,6 @@ impl Connection {
         let mut connection =
             Connection { stream, input: Vec::new(), features, greeting, at_rest: false, limits };
         connection.greeting = connection.welcome(Step::Greeting, deadline)?;
-        connection.at_rest = true;
         connection.hello(domain, deadline)?;
         Ok(connection)
     }
@@ -166,6 +165,7 @@ impl Connection {
     /// A reply that has to be a 2xx.
     fn welcome(&mut self, step: Step, deadline: Deadline) -> Result<Reply, Failure> {
         let reply = self.reply(step, deadline)?;
+        self.rest();
         match reply.class() {
             Class::Success => Ok(reply),
             Class::Intermediate => Err(Failure::Nonsense(step, reply.to_string())),
@@ -197,14 +197,13 @@ impl Connection {
         self.write(commands, step, deadline, self.limits.command)
     }
 
-    /// Sends a part of a message, if the server has said nothing meanwhile.
+    /// Sends a part of a message.
     ///
     /// # Errors
-    /// [`Failure::Untimely`] with what it said; [`Failure::TimedOut`] when for the whole limit no
-    /// octet could be written.
+    /// [`Failure::Untimely`] with what the server said instead of reading on;
+    /// [`Failure::TimedOut`] when for the whole limit no octet could be written.
     pub fn send_message(&mut self, part: &[u8], deadline: Deadline) -> Result<(), Failure> {
         self.at_rest = false;
-        self.check_quiet(Step::Message, deadline)?;
         self.write(part, Step::Message, deadline, self.limits.data)
     }
 
@@ -219,7 +218,6 @@ impl Connection {
         deadline: Deadline,
     ) -> Result<(), Failure> {
         self.at_rest = false;
-        self.check_quiet(Step::Message, deadline)?;
         let mut offset = 0;
         let mut until = deadline.renewed(self.limits.data);
         while (offset as u64) < length {
@@ -337,9 +335,20 @@ impl Connection {
         }
     }
 
-    /// The transaction is over and the server waits for a command.
+    /// The transaction is over and the server waits for a command; unless it has said more than
+    /// it was asked.
     pub fn rest(&mut self) {
-        self.at_rest = true;
+        self.at_rest = self.input.is_empty();
+    }
+
+    /// Fit for another transaction, as far as is known.
+    pub fn is_at_rest(&self) -> bool {
+        self.at_rest
+    }
+
+    /// The server has said more than it was asked.
+    pub fn has_unread(&self) -> bool {
+        !self.input.is_empty()
     }
 }
 

@@ -52,7 +52,8 @@ impl Copy {
         &self.message.envelope.forward_paths[place]
     }
 
-    /// Sends it for all recipients that are owed it, and leaves the connection at rest.
+    /// Sends it for all recipients that are owed it, and leaves the connection at rest if it
+    /// can be used again.
     ///
     /// # Errors
     /// [`Failure`], a 421 included: the connection is of no more use, and the message may have
@@ -150,6 +151,12 @@ impl Copy {
     ) -> Result<Reply, Failure> {
         let limits = connection.limits();
         let deadline = Deadline::of_copy(limits.data, shutdown);
+        if connection.has_unread() {
+            return Err(Failure::Untimely(
+                Step::Message,
+                connection.reply(Step::Message, deadline)?,
+            ));
+        }
         match &self.message.body {
             Body::Memory(octets) => connection.send_message(octets, deadline)?,
             Body::File(file, length) => connection.send_file(file, *length, deadline)?,

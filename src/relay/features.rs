@@ -104,6 +104,8 @@ impl Features {
 /// For people: the EHLO keywords.
 impl fmt::Display for Features {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.lines().join(", "))
+        let lines = self.lines();
+        f.write_str(if lines.is_empty() { "no extensions" } else { "" })?;
+        f.write_str(&lines.join(", "))
     }
 }

@@ -181,7 +181,7 @@ impl<'a> Primary<'a> {
     fn recover(&mut self, command: &Relayed, first: bool, failure: Failure) -> Result<(), Reply> {
         let dead = match &failure {
             Failure::Lost(_) => true,
-            Failure::Untimely(_, reply) => reply.code() == 421,
+            Failure::Unwelcome(_, reply) | Failure::Untimely(_, reply) => reply.code() == 421,
             _ => false,
         };
         if !(dead && first && self.used && matches!(command, Relayed::Mail(_))) {
@@ -211,7 +211,7 @@ impl<'a> Primary<'a> {
                 None => Err(Failure::Lost(step)),
             };
             let failure = match reply {
-                Ok(reply) if reply.code() == 421 => Failure::Untimely(step, reply),
+                Ok(reply) if reply.code() == 421 => Failure::Unwelcome(step, reply),
                 Ok(reply) => match (command, reply.class()) {
                     (Relayed::Data, Class::Success)
                     | (Relayed::Mail(_) | Relayed::Rcpt(_), Class::Intermediate) => {
@@ -244,6 +244,7 @@ impl<'a> Primary<'a> {
             {
                 reply.clone()
             }
+            Failure::Unwelcome(_, reply) => reply.clone(),
             Failure::Untimely(_, reply) if reply.code() == 421 => reply.clone(),
             Failure::Stopping(_) => stopping(),
             Failure::Nonsense(..) => {
@@ -262,7 +263,9 @@ impl<'a> Primary<'a> {
     pub fn message(&mut self, part: &[u8]) -> Result<(), Reply> {
         let deadline = Deadline::of_transaction(self.pool.limits().data, self.shutdown);
         let sent = match &mut self.connection {
-            Some(connection) => connection.send_message(part, deadline),
+            Some(connection) => connection
+                .check_quiet(Step::Message, deadline)
+                .and_then(|()| connection.send_message(part, deadline)),
             None => Err(Failure::Lost(Step::Message)),
         };
         sent.map_err(|failure| self.fail(failure))
@@ -329,7 +332,9 @@ impl<'a> Primary<'a> {
         }
         if let Some(mut connection) = self.connection.take() {
             connection.rest();
-            self.pool.put(connection);
+            if connection.is_at_rest() {
+                self.pool.put(connection);
+            }
         }
     }
 }

@@ -10,6 +10,9 @@ use super::wire::{BodyDecoder, Decoded, Input};
 use crate::buffers::Buffers;
 use crate::message::{Collector, MEMORY_THRESHOLD, Message, NoCopy, QueueId};
 
+/// Octets of `.` CR LF.
+const FINAL_DOT: u64 = 3;
+
 /// A message while it comes in: canonical, and collected for the backups if there are any.
 pub struct Incoming<'a> {
     decoder: BodyDecoder,
@@ -19,8 +22,8 @@ pub struct Incoming<'a> {
     /// How many of `octets` were passed on.
     passed: usize,
     collector: Option<Collector>,
-    /// Octets so far, without the final dot.
-    pub size: u64,
+    /// Octets of the wire form so far.
+    octets_in: u64,
     /// What its Message-ID field says.
     pub message_id: Option<Vec<u8>>,
 }
@@ -33,7 +36,7 @@ impl<'a> Incoming<'a> {
             octets: shared.buffers.take_out(),
             passed: 0,
             collector: copies.then(|| Collector::new(shared.budget)),
-            size: 0,
+            octets_in: 0,
             message_id: None,
         }
     }
@@ -43,10 +46,10 @@ impl<'a> Incoming<'a> {
         let before = self.octets.len();
         let decoded = self.decoder.decode(input.unread(), &mut self.octets);
         let grown = self.octets.len() - before;
-        if self.size == 0 {
+        if self.octets_in == 0 {
             self.message_id = message_id(&self.octets);
         }
-        self.size += grown as u64;
+        self.octets_in += grown as u64;
         if self.collector.as_mut().is_some_and(|collector| !collector.count(grown)) {
             // Nothing has to be kept any more but what is not yet passed on.
             self.octets.drain(..self.passed);
@@ -59,10 +62,16 @@ impl<'a> Incoming<'a> {
             }
             Decoded::End { consumed } => {
                 input.consume(consumed);
-                self.size -= 3;
+                self.octets_in -= FINAL_DOT;
                 true
             }
         }
+    }
+
+    /// Octets of the message so far, without dot-stuffing and the final dot: what SIZE counts
+    /// (RFC 1870 §5).
+    pub fn size(&self) -> u64 {
+        self.octets_in - self.decoder.stuffing()
     }
 
     /// What is not yet passed on.

@@ -139,7 +139,10 @@ impl<'a, 'scope, 'env> Session<'a, 'scope, 'env> {
                     self.client.input.consume_line();
                     self.answer(command)?;
                 }
-                Line::TooLong => self.mistake(Reply::new(500, "5.5.2", "line too long"))?,
+                Line::TooLong => {
+                    self.client.input.consume_line();
+                    self.mistake(Reply::new(500, "5.5.2", "line too long"))?;
+                }
                 Line::Partial => self.read_commands()?,
             }
         }
@@ -409,9 +412,15 @@ impl<'a, 'scope, 'env> Session<'a, 'scope, 'env> {
                 return Err(end);
             }
         };
-        let (client, size) = (self.client.address, message.size);
-        maillog::message(id, client, &envelope, size, message.message_id.as_deref());
-        maillog::primary_answered(id, self.shared.primary.destination(), begun, &reply);
+        let seen = maillog::Seen {
+            id,
+            client: self.client.address,
+            envelope: &envelope,
+            size: message.size(),
+            message_id: message.message_id.as_deref(),
+        };
+        let relay = Some(self.shared.primary.destination()).filter(|_| !self.is_too_big(seen.size));
+        maillog::message(&seen, relay, begun, &reply);
         if reply.class() == Class::Success {
             match message.finish(id, envelope) {
                 Some(Ok(message)) => self.agents.take(message),
@@ -438,7 +447,7 @@ impl<'a, 'scope, 'env> Session<'a, 'scope, 'env> {
         }
         loop {
             let ended = message.decode(&mut self.client.input);
-            if outcome.is_ok() && self.is_too_big(message.size) {
+            if outcome.is_ok() && self.is_too_big(message.size()) {
                 self.primary.abort();
                 maillog::over_limit(self.client.address, &self.too_big(), "smtp.max_message_size");
                 outcome = Err(self.too_big());

@@ -31,9 +31,9 @@ pub struct Input {
 /// A command line as [`Input::peek_line`] finds it.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Line<'a> {
-    /// A whole line, without its ending; it stays until [`Input::consume_line`].
+    /// A whole line, without its ending.
     Whole(&'a [u8]),
-    /// A line that was longer than [`MAX_COMMAND_LINE`]; it is gone already.
+    /// A line that is longer than [`MAX_COMMAND_LINE`].
     TooLong,
     /// The rest of the line has not come yet.
     Partial,
@@ -46,27 +46,16 @@ impl Input {
         Input { buffer, start: 0, end: 0, overlong: false }
     }
 
-    /// The next command line, ended by LF or CR LF.
+    /// The next command line, ended by LF or CR LF; it stays until [`Input::consume_line`].
     pub fn peek_line(&mut self) -> Line<'_> {
-        let ending = memchr(b'\n', &self.buffer[self.start..self.end]);
-        match ending {
-            Some(_) if self.overlong => {
-                self.consume_line();
-                self.overlong = false;
-                Line::TooLong
-            }
-            Some(at) if at >= MAX_COMMAND_LINE => {
-                self.consume_line();
-                Line::TooLong
-            }
+        match memchr(b'\n', self.unread()) {
+            Some(at) if self.overlong || at >= MAX_COMMAND_LINE => Line::TooLong,
             Some(at) => {
                 let line = &self.buffer[self.start..self.start + at];
                 Line::Whole(line.strip_suffix(b"\r").unwrap_or(line))
             }
             None => {
-                if self.end - self.start >= MAX_COMMAND_LINE {
-                    self.overlong = true;
-                }
+                self.overlong |= self.unread().len() >= MAX_COMMAND_LINE;
                 if self.overlong {
                     self.start = self.end;
                 }
@@ -77,8 +66,9 @@ impl Input {
 
     /// Drops the line that [`Input::peek_line`] showed.
     pub fn consume_line(&mut self) {
-        if let Some(at) = memchr(b'\n', &self.buffer[self.start..self.end]) {
+        if let Some(at) = memchr(b'\n', self.unread()) {
             self.start += at + 1;
+            self.overlong = false;
         }
     }
 
@@ -141,6 +131,8 @@ impl Input {
 #[derive(Debug)]
 pub struct BodyDecoder {
     state: State,
+    /// Dots written at the start of a line: each is there to be taken away again.
+    stuffing: u64,
 }
 
 /// What [`BodyDecoder::decode`] found.
@@ -181,7 +173,12 @@ impl Default for BodyDecoder {
 impl BodyDecoder {
     /// A decoder for the octets that follow the 354 reply.
     pub fn new() -> BodyDecoder {
-        BodyDecoder { state: State::LineStart }
+        BodyDecoder { state: State::LineStart, stuffing: 0 }
+    }
+
+    /// How many octets of the wire form are dot-stuffing, which is not part of the message.
+    pub fn stuffing(&self) -> u64 {
+        self.stuffing
     }
 
     /// Appends the canonical wire form of `input` to `out`, up to and with the final dot.
@@ -193,7 +190,10 @@ impl BodyDecoder {
         while let Some(&octet) = input.get(at) {
             at += match (self.state, octet) {
                 (State::LineStart, b'.') => self.to(State::Dot),
-                (State::SloppyLineStart, b'.') => self.put(b"..", out, State::InLine),
+                (State::SloppyLineStart, b'.') => {
+                    self.stuffing += 1;
+                    self.put(b"..", out, State::InLine)
+                }
                 (State::LineStart | State::SloppyLineStart | State::Nuls, 0) => {
                     self.put(b"\0", out, State::Nuls)
                 }
@@ -206,15 +206,15 @@ impl BodyDecoder {
                 (State::NulsDot, _) => self.again(b".", out, State::InLine),
 
                 (State::Dot, b'\r') => self.to(State::DotCr),
-                (State::Dot, 0 | b'\n') => self.again(b"..", out, State::InLine),
-                (State::Dot, _) => self.again(b".", out, State::InLine),
+                (State::Dot, 0 | b'\n') => self.stuffed(b"..", out, State::InLine),
+                (State::Dot, _) => self.stuffed(b".", out, State::InLine),
 
                 (State::DotCr, b'\n') => {
                     out.extend_from_slice(b".\r\n");
                     self.state = State::LineStart;
                     return Decoded::End { consumed: at + 1 };
                 }
-                (State::DotCr, _) => self.again(b"..", out, State::Crs(1)),
+                (State::DotCr, _) => self.stuffed(b"..", out, State::Crs(1)),
 
                 (State::Crs(_), b'\n') => self.put(b"\r\n", out, State::LineStart),
                 (State::Crs(run), b'\r') if run < MAX_CR_RUN => self.to(State::Crs(run + 1)),
@@ -270,6 +270,12 @@ impl BodyDecoder {
         out.extend_from_slice(octets);
         self.state = state;
         1
+    }
+
+    /// As [`BodyDecoder::again`], where the first of `octets` is dot-stuffing.
+    fn stuffed(&mut self, octets: &[u8], out: &mut Vec<u8>, state: State) -> usize {
+        self.stuffing += 1;
+        self.again(octets, out, state)
     }
 
     /// Writes `octets` for what was kept back, and looks at the octet again in the new state.
