@@ -185,17 +185,25 @@ impl Draft {
         let text = std::fs::read_to_string(file).map_err(|error| {
             Mistake(format!("{name}: {error}; give a file that can be read with --config FILE"))
         })?;
+        let text = text.trim_start_matches('\u{feff}');
         if text.lines().all(|line| line.trim().is_empty() || line.trim_start().starts_with('#')) {
             return Ok(());
         }
         let wrong = |what: String| Mistake(format!("{name}: {what}"));
         // By way of a Value, which refuses a key that stands there twice.
-        let document = serde_yaml::from_str::<serde_yaml::Value>(&text)
+        let document = serde_yaml::from_str::<serde_yaml::Value>(text)
             .and_then(Setting::deserialize)
             .map_err(|error| wrong(format!("not valid YAML: {error}; see smtp-dup.yaml(5)")))?;
         for (section, settings) in document.entries().map_err(wrong)? {
             if !sections().any(|known| known == section) {
-                return Err(wrong(format!("{section}: {}", unknown(section, sections()))));
+                let below = KEYS
+                    .iter()
+                    .map(|key| key.name)
+                    .filter(|name| name.ends_with(&format!(".{section}")));
+                return Err(wrong(format!(
+                    "{section}: {}",
+                    unknown(section, sections().chain(below))
+                )));
             }
             for (word, setting) in
                 settings.entries().map_err(|what| wrong(format!("{section}: {what}")))?

@@ -167,6 +167,7 @@ impl<'a> Workers<'a, '_, '_> {
         allowed: &[IpNet],
     ) {
         let ip = address.ip().to_canonical();
+        let address = SocketAddr::new(ip, address.port());
         if !allowed.iter().any(|network| network.contains(&ip)) {
             maillog::client_denied(address);
             let text = format!("{ip} is not in smtp.allowed_clients of {}", self.shared.domain);

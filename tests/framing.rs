@@ -47,7 +47,7 @@ fn by_lines(input: &[u8]) -> (Vec<u8>, Option<usize>) {
         let nuls = line.iter().take_while(|&&o| o == 0).count();
         let lone = match &line[nuls..] {
             b"." => nuls > 0 || ending != Ending::Exact,
-            [b'.', 0, ..] => true,
+            [b'.', rest @ ..] => rest.iter().all(|&o| o == 0),
             _ => false,
         };
         if line == b"." && before != Ending::Bare && ending == Ending::Exact {

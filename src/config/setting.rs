@@ -11,7 +11,7 @@ use ipnet::IpNet;
 use log::LevelFilter;
 use serde::Deserialize;
 
-use crate::relay::destination::Destination;
+use crate::relay::destination::{Destination, port_number};
 
 /// A value as it stands in the file, or in a variable.
 #[derive(Debug, Clone, Deserialize)]
@@ -71,20 +71,32 @@ impl Setting {
         }
     }
 
-    /// A list, or one text with commas.
-    fn list(&self) -> Result<Vec<&str>, String> {
+    /// The items of a list, or of one text with commas.
+    fn items(&self) -> Vec<String> {
         match self {
-            Setting::List(items) => items.iter().map(Setting::text).collect(),
-            Setting::Text(text) => {
-                Ok(text.split(',').map(str::trim).filter(|item| !item.is_empty()).collect())
+            Setting::List(items) => items.iter().map(Setting::plain).collect(),
+            other => {
+                let text = other.plain();
+                text.split(',')
+                    .map(str::trim)
+                    .filter(|item| !item.is_empty())
+                    .map(Into::into)
+                    .collect()
             }
-            other => Err(format!("{} is not a text or a list of texts", other.shown())),
+        }
+    }
+
+    /// A text as it is; anything else as it is shown.
+    fn plain(&self) -> String {
+        match self {
+            Setting::Text(text) => text.trim().to_string(),
+            other => other.shown(),
         }
     }
 
     /// A list, or one text with commas, each item read by `read`.
     pub fn each<T>(&self, read: impl Fn(&str) -> Result<T, String>) -> Result<Vec<T>, String> {
-        self.list()?.into_iter().map(read).collect()
+        self.items().iter().map(|item| read(item)).collect()
     }
 
     /// A whole number from 1 to `most`.
@@ -149,12 +161,11 @@ impl Setting {
             Setting::List(items) => {
                 items.iter().map(Setting::destination).collect::<Result<Vec<_>, _>>()?
             }
-            Setting::Text(_) => self
-                .list()?
-                .into_iter()
-                .map(|item| Setting::Text(item.into()).destination())
-                .collect::<Result<_, _>>()?,
-            other => vec![other.destination()?],
+            Setting::Map(_) => vec![self.destination()?],
+            other => {
+                let items = other.items().into_iter();
+                items.map(|item| Setting::Text(item).destination()).collect::<Result<_, _>>()?
+            }
         };
         for (n, one) in all.iter().enumerate() {
             if all[..n].contains(one) {
@@ -170,7 +181,7 @@ impl Setting {
 /// An address to listen on; `:2525` and `*:2525` are all addresses, a name is all of its own.
 pub fn addresses(text: &str) -> Result<Vec<SocketAddr>, String> {
     let port = |port: &str| {
-        port.parse::<u16>().map_err(|_| {
+        port_number(port).ok_or_else(|| {
             format!("\"{text}\" has the port \"{port}\"; a port is a number up to 65535")
         })
     };
@@ -228,7 +239,12 @@ pub fn unknown(word: &str, known: impl Iterator<Item = &'static str>) -> String 
 
 /// The known word that is most like `word`, if any is like it at all.
 pub fn nearest<T: AsRef<str>>(word: &str, known: impl Iterator<Item = T>) -> Option<T> {
-    let measured = known.map(|candidate| (distance(word, candidate.as_ref()), candidate));
+    // A key that was written at the wrong level is itself but for what stands before it.
+    let far = |known: &str| match known.strip_suffix(word) {
+        Some(rest) if rest.ends_with('.') => 0,
+        _ => distance(word, known),
+    };
+    let measured = known.map(|candidate| (far(candidate.as_ref()), candidate));
     let (distance, candidate) = measured.min_by_key(|(distance, _)| *distance)?;
     (distance <= (word.len() / 3).max(1)).then_some(candidate)
 }

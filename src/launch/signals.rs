@@ -29,6 +29,8 @@ impl Signals {
         let interrupted = Arc::new(AtomicBool::new(false));
         flag::register_conditional_shutdown(SIGINT, INTERRUPTED, Arc::clone(&interrupted))?;
         flag::register(SIGINT, Arc::clone(&interrupted))?;
+        // A limit on file sizes must cost a temporary file, not the program.
+        flag::register(nix::libc::SIGXFSZ, Arc::default())?;
         low_level::pipe::register(SIGINT, sender.try_clone()?)?;
         low_level::pipe::register(SIGTERM, sender)?;
         Ok(Signals { pipe, interrupted })

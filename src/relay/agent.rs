@@ -48,8 +48,9 @@ impl<'scope, 'env> Agents<'scope, 'env> {
     pub fn take(&self, message: Message) {
         let message = Arc::new(message);
         for backup in self.backups {
-            backup.enqueue(Copy::new(&message));
-            self.reinforce(backup);
+            if let Some(leave) = backup.enqueue(Copy::new(&message)) {
+                self.start(backup, leave);
+            }
         }
     }
 
@@ -60,9 +61,8 @@ impl<'scope, 'env> Agents<'scope, 'env> {
         }
     }
 
-    /// Starts one more agent if the backup needs it.
-    fn reinforce(&self, backup: &'env Backup) {
-        let Some(leave) = backup.recruit() else { return };
+    /// Starts one more agent.
+    fn start(&self, backup: &'env Backup, leave: Leave) {
         let agents = Agents { scope: self.scope, backups: self.backups, shutdown: self.shutdown };
         let thread = Builder::new().name(format!("to {}", backup.destination)).stack_size(STACK);
         if let Err(error) = thread.spawn_scoped(self.scope, move || agents.work(backup, leave)) {
@@ -75,7 +75,9 @@ impl<'scope, 'env> Agents<'scope, 'env> {
     fn work(&self, backup: &'env Backup, _leave: Leave) {
         let mut connection = None;
         while let Some(copy) = backup.next(self.shutdown) {
-            self.reinforce(backup);
+            if let Some(leave) = backup.recruit() {
+                self.start(backup, leave);
+            }
             let id = copy.message.id;
             let attempt = AssertUnwindSafe(|| self.attempt(backup, copy, &mut connection));
             if catch_unwind(attempt).is_err() {

@@ -1,16 +1,20 @@
 //! A backup: the copies that it is owed, and when to try next.
 //!
-//! Workers hand finished messages over through a channel; `agent` threads take copies out here
-//! and report what became of them. A backup that fails as a whole is held, with growing pauses,
-//! and one agent alone tries it; a single copy that was deferred waits for itself. Nothing here
-//! waits for a backup on behalf of a client.
+//! Workers put finished messages in here; `agent` threads take copies out and report what became
+//! of them. A backup that fails as a whole is held, with growing pauses, and one agent alone tries
+//! it; a single copy that was deferred waits for itself. Nothing here waits for a backup on behalf
+//! of a client.
+//!
+//! The queue is a mutex and a condition variable, and not a channel: an agent waits for a copy,
+//! the end of a pause or the drain, whichever comes first, and a channel's receiver tries again
+//! several times before it sleeps, which cost more than the rest of a small copy.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded, unbounded};
+use crossbeam_channel::Sender;
 
 use super::connection::{Connection, Failure, Limits};
 use super::copy::Copy;
@@ -22,11 +26,12 @@ use crate::shutdown::{Deadline, Shutdown};
 /// An agent without work ends after this time.
 const IDLE: Duration = Duration::from_secs(60);
 
-/// So many copies may wait for each agent before there is one more agent …
-const BACKLOG: usize = 4;
+/// An agent without work looks again after this time before it sleeps until it is woken: in a
+/// steady flow of mail it finds several copies then, and no client's worker had to wake it.
+const LINGER: Duration = Duration::from_millis(2);
 
-/// … or none has been taken for this time.
-const SLOW: Duration = Duration::from_millis(20);
+/// More copies than this are not left for it to find.
+const LEFT_TO_FIND: usize = 4;
 
 /// The first pause of all.
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
@@ -44,35 +49,29 @@ pub struct Backup {
     domain: String,
     limits: Limits,
     most_agents: usize,
-    /// Copies, each for whichever agent is first, and `None` behind them when the drain begins.
-    copies: (Sender<Option<Copy>>, Receiver<Option<Copy>>),
-    closing: Receiver<()>,
     state: Mutex<State>,
+    /// For agents that wait: there is a copy, or the drain begins.
+    wake: Condvar,
     dsn_missed: AtomicBool,
 }
 
 struct State {
-    /// Until the drain.
-    open: Option<Open>,
-    agents: usize,
-    /// Agents that wait for work.
-    idle: usize,
-    hold: Option<Hold>,
+    /// Not tried yet, oldest first.
+    queue: VecDeque<Copy>,
     /// By the time of their next attempt.
     deferred: BTreeMap<(Instant, u64), Copy>,
     /// Names the entries of `deferred` apart.
     serial: u64,
     /// Being sent at this moment.
     in_flight: Vec<QueueId>,
-    /// When an agent last took a copy.
-    taken: Instant,
-}
-
-/// Dropped as one when the drain begins: the channels' other sides notice.
-struct Open {
-    _closing: Sender<()>,
-    /// Every agent holds a clone: the last that goes is noticed.
-    alive: Sender<()>,
+    hold: Option<Hold>,
+    agents: usize,
+    /// Agents that wait for a copy.
+    idle: usize,
+    /// Those of them that look for themselves in a moment.
+    lingering: usize,
+    /// Cloned for each agent, until the drain begins.
+    alive: Option<Sender<()>>,
 }
 
 /// The backup as a whole is not tried before `until`.
@@ -81,8 +80,10 @@ struct Hold {
     pause: Duration,
 }
 
-/// An agent's leave to exist; the drain waits for the last.
-pub struct Leave(#[allow(dead_code, reason = "held for its drop")] Sender<()>);
+/// An agent's leave to exist. The drain knows by its drop that the last has ended.
+pub struct Leave {
+    _alive: Sender<()>,
+}
 
 impl Backup {
     /// A backup that gets copies from now on. `alive` is cloned for each agent.
@@ -93,49 +94,57 @@ impl Backup {
         most_agents: usize,
         alive: &Sender<()>,
     ) -> Backup {
-        let (closing_sender, closing) = bounded(0);
-        let open = Open { _closing: closing_sender, alive: alive.clone() };
         let state = State {
-            open: Some(open),
-            agents: 0,
-            idle: 0,
-            hold: None,
+            queue: VecDeque::new(),
             deferred: BTreeMap::new(),
             serial: 0,
             in_flight: Vec::new(),
-            taken: Instant::now(),
+            hold: None,
+            agents: 0,
+            idle: 0,
+            lingering: 0,
+            alive: Some(alive.clone()),
         };
         Backup {
             destination,
             domain,
             limits,
             most_agents,
-            copies: unbounded(),
-            closing,
             state: Mutex::new(state),
+            wake: Condvar::new(),
             dsn_missed: AtomicBool::new(false),
         }
     }
 
-    /// Takes a copy into the queue.
-    pub fn enqueue(&self, copy: Copy) {
-        // Without the lock, for it wakes an agent that will want it. The receiver lives as long.
-        let _ = self.copies.0.send(Some(copy));
+    /// Takes a copy into the queue. As [`Backup::recruit`].
+    pub fn enqueue(&self, copy: Copy) -> Option<Leave> {
+        let mut state = self.state();
+        state.queue.push_back(copy);
+        if state.idle == 0 {
+            return self.recruit_in(&mut state);
+        }
+        if state.lingering > 0 && state.queue.len() <= LEFT_TO_FIND {
+            return None;
+        }
+        drop(state);
+        self.wake.notify_one();
+        None
     }
 
-    /// Leave to start one more agent, when those at work do not keep up. One that is always at
-    /// work is cheaper than several that are woken for every copy.
+    /// Leave to start one more agent, when there is a copy and nobody free for it.
     pub fn recruit(&self) -> Option<Leave> {
-        let backlog = self.copies.1.len();
-        let mut state = self.state();
+        self.recruit_in(&mut self.state())
+    }
+
+    fn recruit_in(&self, state: &mut State) -> Option<Leave> {
         let wanted = match state.agents {
             0 => true,
-            agents if state.hold.is_some() || state.idle > 0 || agents >= self.most_agents => false,
-            agents => backlog > BACKLOG * agents || backlog > 0 && state.taken.elapsed() > SLOW,
+            _ if state.hold.is_some() || state.queue.is_empty() => false,
+            agents => state.idle == 0 && agents < self.most_agents,
         };
-        let leave = state.open.as_ref().filter(|_| wanted).map(|open| Leave(open.alive.clone()))?;
+        let alive = state.alive.clone().filter(|_| wanted)?;
         state.agents += 1;
-        Some(leave)
+        Some(Leave { _alive: alive })
     }
 
     /// An agent for whom there was leave could not be started.
@@ -146,86 +155,43 @@ impl Backup {
     /// The next copy for an agent to try. `None` ends the agent: there is nothing to do, or
     /// another will do it.
     pub fn next(&self, shutdown: &Shutdown) -> Option<Copy> {
+        let mut state = self.state();
+        let idle_until = Instant::now() + IDLE;
+        let mut linger = true;
         loop {
             let now = Instant::now();
-            let mut state = self.state();
-            if state.hold.is_some() && state.agents > 1 {
-                state.agents -= 1;
-                return None;
-            }
             let held_until =
                 state.hold.as_ref().map(|hold| hold.until).filter(|&until| until > now);
+            if held_until.is_none()
+                && let Some(copy) = state.pick(now)
+            {
+                return Some(copy);
+            }
             let due = state.deferred.first_key_value().map(|(&(due, _), _)| due);
-            if held_until.is_none() {
-                let copy = match due {
-                    Some(due) if due <= now => state.deferred.pop_first().map(|(_, copy)| copy),
-                    _ => self.copies.1.try_recv().ok().and_then(|sent| self.copy_or_end(sent)),
-                };
-                if let Some(copy) = copy {
-                    return Some(state.taken(copy));
-                }
-            }
             let wake = held_until.or(due);
-            if shutdown.is_draining() {
-                let end = shutdown.drain();
-                if now >= end || wake.is_none_or(|wake| wake >= end) {
-                    state.agents -= 1;
-                    return None;
-                }
-            }
-            state.idle += usize::from(held_until.is_none());
-            drop(state);
-            let copy = match (held_until, wake) {
-                (Some(until), _) => self.wait_held(until),
-                (None, wake) => self.wait_for_work(wake.unwrap_or(now + IDLE)),
+            // The drain lasts for what comes within it; while the backup is held, one agent is
+            // enough to try it.
+            let end = if state.alive.is_none() { Some(shutdown.drain()) } else { None };
+            let nothing_comes = match end {
+                Some(end) => now >= end || wake.is_none_or(|wake| wake >= end),
+                None => wake.is_none() && now >= idle_until,
             };
-            let mut state = self.state();
-            state.idle -= usize::from(held_until.is_none());
-            if let Some(copy) = copy {
-                return Some(state.taken(copy));
-            }
-            let over = now.elapsed() >= IDLE;
-            if over && state.deferred.is_empty() && self.copies.1.is_empty() {
+            if nothing_comes || held_until.is_some() && state.agents > 1 {
                 state.agents -= 1;
                 return None;
             }
-        }
-    }
-
-    /// Waits until the hold is over or the drain begins.
-    fn wait_held(&self, until: Instant) -> Option<Copy> {
-        if let Err(RecvTimeoutError::Disconnected) = self.closing.recv_deadline(until) {
-            self.wait_draining(until);
-        }
-        None
-    }
-
-    /// Waits for a copy, until the next deferred one is due or the drain begins.
-    fn wait_for_work(&self, until: Instant) -> Option<Copy> {
-        match self.copies.1.recv_deadline(until) {
-            Ok(Some(copy)) => return Some(copy),
-            Ok(None) => {
-                self.copy_or_end(None);
-                self.wait_draining(until);
+            let idle = usize::from(held_until.is_none());
+            let mut left = wake.unwrap_or(idle_until).saturating_duration_since(now);
+            let lingers = usize::from(std::mem::take(&mut linger) && held_until.is_none());
+            if lingers > 0 {
+                left = left.min(LINGER);
             }
-            Err(_) => {}
+            state.idle += idle;
+            state.lingering += lingers;
+            state = self.wake.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+            state.idle -= idle;
+            state.lingering -= lingers;
         }
-        None
-    }
-
-    /// The mark of the drain is behind all copies and is for every agent: it goes back.
-    fn copy_or_end(&self, sent: Option<Copy>) -> Option<Copy> {
-        if sent.is_none() {
-            let _ = self.copies.0.send(None);
-        }
-        sent
-    }
-
-    /// The drain has begun, or is about to: nothing can come in that a wait would miss. Not
-    /// longer than a moment, so that the end of the drain is seen.
-    fn wait_draining(&self, until: Instant) {
-        let moment = Duration::from_millis(50);
-        std::thread::sleep(until.saturating_duration_since(Instant::now()).min(moment));
     }
 
     /// A new connection.
@@ -253,20 +219,25 @@ impl Backup {
         self.state().landed(copy);
     }
 
-    /// The backup failed: all its copies wait, this one with them.
+    /// The backup failed: all its copies wait. This one may be the reason, and waits for itself as
+    /// well.
     pub fn hold(&self, copy: Copy, failure: &Failure) {
+        let now = Instant::now();
         let mut state = self.state();
-        let pause =
-            state.hold.as_ref().map_or(FIRST_PAUSE, |hold| (hold.pause * 2).min(LONGEST_HOLD));
-        let first = state.hold.is_none();
-        let until = Instant::now() + jittered(pause);
-        // Agents that were at work when it went down report the same outage: one pause for all.
-        if state.hold.as_ref().is_none_or(|hold| hold.until <= Instant::now()) {
-            state.hold = Some(Hold { until, pause });
-        }
-        let until = state.hold.as_ref().map_or(until, |hold| hold.until);
+        let before = state.hold.as_ref().map(|hold| (hold.until, hold.pause));
+        let until = match before {
+            // Agents that were at work when it went down report the same outage.
+            Some((until, _)) if until > now => until,
+            _ => {
+                let pause = before.map_or(FIRST_PAUSE, |(_, pause)| (pause * 2).min(LONGEST_HOLD));
+                let until = now + jittered(pause);
+                state.hold = Some(Hold { until, pause });
+                until
+            }
+        };
+        let until = until.max(now + own_pause(&copy, LONGEST_HOLD));
         if !matches!(failure, Failure::Stopping(_)) {
-            if first {
+            if before.is_none() {
                 maillog::backup_down(&self.destination, &failure.to_string());
             }
             self.log_deferred(&copy, until, &format!("error: {failure}"));
@@ -276,9 +247,7 @@ impl Backup {
 
     /// The backup deferred this copy, or some of its recipients: those wait for themselves.
     pub fn defer(&self, copy: Copy, why: &str) {
-        let doublings = copy.attempts.saturating_sub(1).min(12);
-        let pause = (FIRST_PAUSE * (1 << doublings)).min(LONGEST_DEFERRAL);
-        let until = Instant::now() + jittered(pause);
+        let until = Instant::now() + own_pause(&copy, LONGEST_DEFERRAL);
         self.log_deferred(&copy, until, why);
         self.state().defer(copy, until);
     }
@@ -298,17 +267,25 @@ impl Backup {
 
     /// No copy comes any more: the agents finish what can be finished and end.
     pub fn close(&self) {
-        self.state().open = None;
-        let _ = self.copies.0.send(None);
+        let mut state = self.state();
+        state.alive = None;
+        // What waits for better times is tried once more, for there may be none.
+        let now = Instant::now();
+        if let Some(hold) = &mut state.hold {
+            hold.until = now;
+        }
+        for copy in std::mem::take(&mut state.deferred).into_values() {
+            state.defer(copy, now);
+        }
+        drop(state);
+        self.wake.notify_all();
     }
 
     /// Names every copy that is left.
     pub fn name_lost(&self) {
         let mut state = self.state();
-        let waiting = std::mem::take(&mut state.deferred)
-            .into_values()
-            .chain(self.copies.1.try_iter().flatten());
-        let waiting = waiting.map(|copy| copy.message.id);
+        let deferred = std::mem::take(&mut state.deferred).into_values();
+        let waiting = deferred.chain(std::mem::take(&mut state.queue)).map(|copy| copy.message.id);
         for id in waiting.chain(state.in_flight.drain(..)) {
             maillog::copy_lost(id, &self.destination, "smtp-dup is stopping");
         }
@@ -326,10 +303,21 @@ impl State {
         self.deferred.insert((until, self.serial), copy);
     }
 
-    fn taken(&mut self, copy: Copy) -> Copy {
-        self.taken = Instant::now();
+    /// Takes the copy that is to be tried now.
+    fn pick(&mut self, now: Instant) -> Option<Copy> {
+        // A backup that is down is tried with a copy that has not failed, if there is one: what
+        // brings it down may be the copy that has.
+        let copy = match self.hold {
+            Some(_) => self.queue.pop_front().or_else(|| self.pick_deferred(now)),
+            None => self.pick_deferred(now).or_else(|| self.queue.pop_front()),
+        }?;
         self.in_flight.push(copy.message.id);
-        copy
+        Some(copy)
+    }
+
+    fn pick_deferred(&mut self, now: Instant) -> Option<Copy> {
+        let due = self.deferred.first_entry().filter(|first| first.key().0 <= now)?;
+        Some(due.remove())
     }
 
     fn landed(&mut self, copy: &Copy) {
@@ -337,6 +325,12 @@ impl State {
             self.in_flight.swap_remove(at);
         }
     }
+}
+
+/// How long a copy waits after its last attempt, for itself alone.
+fn own_pause(copy: &Copy, longest: Duration) -> Duration {
+    let doublings = copy.attempts.saturating_sub(1).min(12);
+    jittered((FIRST_PAUSE * (1 << doublings)).min(longest))
 }
 
 /// Up to a fifth more or less, so that many who fail together do not come back together.

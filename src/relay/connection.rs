@@ -34,6 +34,9 @@ pub struct Limits {
     pub data: Duration,
 }
 
+/// A file is sent in pieces of so many octets.
+const FILE_PIECE: u64 = 1 << 20;
+
 /// What was being done when it failed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Step {
@@ -221,7 +224,9 @@ impl Connection {
         let mut offset = 0;
         let mut until = deadline.renewed(self.limits.data);
         while (offset as u64) < length {
-            let rest = (length - offset as u64).min(1 << 30) as usize;
+            // In pieces, for what a server says in mid-message is not its word on the whole.
+            self.check_quiet(Step::Message, deadline)?;
+            let rest = (length - offset as u64).min(FILE_PIECE) as usize;
             match sendfile(&self.stream, file, Some(&mut offset), rest) {
                 Ok(0) => return Err(Failure::Lost(Step::Message)),
                 Ok(_) => until = deadline.renewed(self.limits.data),

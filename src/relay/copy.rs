@@ -93,8 +93,9 @@ impl Copy {
             }
             (_, Some(data)) if data.class() == Class::Intermediate => {
                 if accepted == 0 {
-                    // It would take a message for nobody; only closing gets out of that.
-                    return Err(Failure::Nonsense(Step::Command("DATA"), data.to_string()));
+                    // It would take a message for nobody (RFC 2920 §3.1); the connection is left
+                    // as it is, not at rest, so that it is closed.
+                    return Ok(attempt);
                 }
                 attempt.verdict = Some(self.send_body(connection, shutdown)?);
                 connection.rest();

@@ -26,6 +26,9 @@ impl Destination {
     /// # Errors
     /// A text that says what is wrong and what to write instead.
     pub fn parse(text: &str) -> Result<Destination, String> {
+        if text.is_empty() {
+            return Err("is empty; write host:port, as mail.example.com:25".into());
+        }
         let no_port = || format!("has no port; write {text}:25");
         let (host, port) = match text.strip_prefix('[').and_then(|rest| rest.split_once(']')) {
             Some((host, rest)) => {
@@ -46,12 +49,10 @@ impl Destination {
         {
             return Err("has no host name; write host:port, as mail.example.com:25".into());
         }
-        let port = match port.parse() {
-            Ok(0) | Err(_) => {
-                return Err(format!("has the port \"{port}\"; a port is a number from 1 to 65535"));
-            }
-            Ok(port) => port,
-        };
+        let number = port_number(port).filter(|&number| number > 0);
+        let port = number.ok_or_else(|| {
+            format!("has the port \"{port}\"; a port is a number from 1 to 65535")
+        })?;
         Ok(Destination { host: host.to_string(), port, name: text.to_string() })
     }
 
@@ -115,6 +116,11 @@ impl Destination {
         }
         Err(failure)
     }
+}
+
+/// A port: digits alone.
+pub fn port_number(text: &str) -> Option<u16> {
+    if text.bytes().all(|octet| octet.is_ascii_digit()) { text.parse().ok() } else { None }
 }
 
 /// The end of a deadline as an I/O error.

@@ -121,8 +121,9 @@ impl<'a, 'scope, 'env> Session<'a, 'scope, 'env> {
             maillog::transaction_lost(transaction.id, address, how);
         }
         maillog::disconnected(address, how);
-        self.client.flush_and_close();
+        // First, so that a client that follows this one finds the connection in the pool.
         self.primary.release();
+        self.client.flush_and_close();
     }
 
     fn converse(&mut self) -> Result<std::convert::Infallible, End> {
@@ -151,22 +152,22 @@ impl<'a, 'scope, 'env> Session<'a, 'scope, 'env> {
     /// Waits for more commands.
     fn read_commands(&mut self) -> Result<(), End> {
         self.client.flush()?;
-        let deadline = match self.transaction {
-            Some(_) => Deadline::of_transaction(self.shared.timeout, self.shared.shutdown),
-            None => Deadline::uncut(self.shared.timeout),
-        };
-        while !self.client.read()? {
-            // The client was silent for a tick: others may need what it does not use.
-            self.primary.release();
-            self.client.hold_little();
+        let deadline = Deadline::of_transaction(self.shared.timeout, self.shared.shutdown);
+        loop {
+            // Before each read: a client that never falls silent must hear of it too.
             if self.transaction.is_none() && self.shared.shutdown.has_begun() {
                 return self.close(&stopping());
             }
             if let Err(expired) = deadline.left() {
                 return self.close(&expiry(expired));
             }
+            if self.client.read()? {
+                return Ok(());
+            }
+            // The client was silent for a tick: others may need what it does not use.
+            self.primary.release();
+            self.client.hold_little();
         }
-        Ok(())
     }
 
     /// Takes from the input the commands that can go to the primary together, `[MAIL] RCPT*
@@ -358,10 +359,12 @@ impl<'a, 'scope, 'env> Session<'a, 'scope, 'env> {
 
     /// The size that MAIL declares must be within our limit.
     fn check_size(&self, path: &Path) -> Result<(), Reply> {
-        let declared = path
-            .value("SIZE")
-            .and_then(|value| std::str::from_utf8(value).ok())
-            .and_then(|v| v.parse::<u64>().ok());
+        // RFC 1870 allows twenty digits, which may be more than there are octets in the world.
+        let digits = path.value("SIZE").filter(|value| value.iter().all(u8::is_ascii_digit));
+        let declared = digits
+            .and_then(|digits| std::str::from_utf8(digits).ok())
+            .filter(|digits| !digits.is_empty())
+            .map(|digits| digits.parse().unwrap_or(u64::MAX));
         match declared {
             Some(size) if self.is_too_big(size) => Err(self.too_big()),
             _ => Ok(()),
@@ -473,13 +476,15 @@ impl<'a, 'scope, 'env> Session<'a, 'scope, 'env> {
     /// Waits for more of the message.
     fn read_message(&mut self) -> Result<(), End> {
         let deadline = Deadline::of_transaction(self.shared.timeout, self.shared.shutdown);
-        while !self.client.read()? {
+        loop {
             if let Err(expired) = deadline.left() {
                 self.primary.abort();
                 return self.close(&expiry(expired));
             }
+            if self.client.read()? {
+                return Ok(());
+            }
         }
-        Ok(())
     }
 }
 

@@ -15,9 +15,9 @@ use memchr::{memchr, memchr2};
 /// for 512; the parameters of DSN (RFC 3461 §5.4) and SMTPUTF8 need more.
 pub const MAX_COMMAND_LINE: usize = 2048;
 
-/// A run of CRs longer than this is not waited for any more, so that it cannot be used to fill
-/// the memory: its CRs count as bare.
-const MAX_CR_RUN: usize = 1024;
+/// A run of CRs, or of NULs behind a dot, is not waited for beyond this length, so that it cannot
+/// be used to fill the memory: the CRs count as bare, the dot as lone.
+const MAX_RUN: usize = 1024;
 
 /// What was read from a client and not yet used.
 pub struct Input {
@@ -126,8 +126,8 @@ impl Input {
 /// - A line that begins after a bare CR or LF was not stuffed by a sender who saw no line there:
 ///   its dot is doubled.
 /// - A lone dot that is ended by anything but exactly CR LF is doubled: behind us its ending will
-///   be CR LF. A NUL beside such a dot counts as nothing, for there are servers that drop NULs
-///   and would see the dot alone.
+///   be CR LF. NULs beside such a dot count as nothing, for there are servers that drop them and
+///   would see the dot alone.
 #[derive(Debug)]
 pub struct BodyDecoder {
     state: State,
@@ -152,11 +152,10 @@ enum State {
     SloppyLineStart,
     /// Only NULs so far in this line.
     Nuls,
-    /// Only NULs and then a dot, which is not written yet.
-    NulsDot,
-    /// A dot at a [`State::LineStart`], not written yet.
-    Dot,
-    /// The same and a CR, neither written yet.
+    /// A dot, and so many NULs behind it, none written yet; at a [`State::LineStart`], or else
+    /// behind [`State::Nuls`].
+    Dot { at_start: bool, nuls: usize },
+    /// A dot alone at a [`State::LineStart`], and a CR, neither written yet.
     DotCr,
     /// Somewhere in a line.
     InLine,
@@ -189,7 +188,7 @@ impl BodyDecoder {
         let mut at = 0;
         while let Some(&octet) = input.get(at) {
             at += match (self.state, octet) {
-                (State::LineStart, b'.') => self.to(State::Dot),
+                (State::LineStart, b'.') => self.to(State::Dot { at_start: true, nuls: 0 }),
                 (State::SloppyLineStart, b'.') => {
                     self.stuffing += 1;
                     self.put(b"..", out, State::InLine)
@@ -197,27 +196,35 @@ impl BodyDecoder {
                 (State::LineStart | State::SloppyLineStart | State::Nuls, 0) => {
                     self.put(b"\0", out, State::Nuls)
                 }
-                (State::Nuls, b'.') => self.to(State::NulsDot),
+                (State::Nuls, b'.') => self.to(State::Dot { at_start: false, nuls: 0 }),
                 (State::LineStart | State::SloppyLineStart | State::Nuls | State::InLine, _) => {
                     self.lines(&input[at..], out)
                 }
 
-                (State::NulsDot, 0 | b'\r' | b'\n') => self.again(b"..", out, State::InLine),
-                (State::NulsDot, _) => self.again(b".", out, State::InLine),
-
-                (State::Dot, b'\r') => self.to(State::DotCr),
-                (State::Dot, 0 | b'\n') => self.stuffed(b"..", out, State::InLine),
-                (State::Dot, _) => self.stuffed(b".", out, State::InLine),
+                (State::Dot { at_start: true, nuls: 0 }, b'\r') => self.to(State::DotCr),
+                (State::Dot { at_start, nuls }, 0) if nuls < MAX_RUN => {
+                    self.to(State::Dot { at_start, nuls: nuls + 1 })
+                }
+                (State::Dot { at_start, nuls }, _) => {
+                    let is_lone = matches!(octet, 0 | b'\r' | b'\n');
+                    out.extend_from_slice(if is_lone { b".." } else { b"." });
+                    out.resize(out.len() + nuls, 0);
+                    self.stuffing += u64::from(at_start);
+                    self.again(b"", out, State::InLine)
+                }
 
                 (State::DotCr, b'\n') => {
                     out.extend_from_slice(b".\r\n");
                     self.state = State::LineStart;
                     return Decoded::End { consumed: at + 1 };
                 }
-                (State::DotCr, _) => self.stuffed(b"..", out, State::Crs(1)),
+                (State::DotCr, _) => {
+                    self.stuffing += 1;
+                    self.again(b"..", out, State::Crs(1))
+                }
 
                 (State::Crs(_), b'\n') => self.put(b"\r\n", out, State::LineStart),
-                (State::Crs(run), b'\r') if run < MAX_CR_RUN => self.to(State::Crs(run + 1)),
+                (State::Crs(run), b'\r') if run < MAX_RUN => self.to(State::Crs(run + 1)),
                 (State::Crs(run), _) => {
                     for _ in 0..run {
                         out.extend_from_slice(b"\r\n");
@@ -270,12 +277,6 @@ impl BodyDecoder {
         out.extend_from_slice(octets);
         self.state = state;
         1
-    }
-
-    /// As [`BodyDecoder::again`], where the first of `octets` is dot-stuffing.
-    fn stuffed(&mut self, octets: &[u8], out: &mut Vec<u8>, state: State) -> usize {
-        self.stuffing += 1;
-        self.again(octets, out, state)
     }
 
     /// Writes `octets` for what was kept back, and looks at the octet again in the new state.

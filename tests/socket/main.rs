@@ -1,0 +1,42 @@
+//! The whole program over real TCP, between a client of ours and scripted destinations.
+//!
+//! One file for each part of the work: what a client can do (`receiving`), what the primary can
+//! do to it (`primary`), where a message ends (`smuggling`), the copies (`backups`), the end of
+//! the process (`ending`), the configuration (`config`); and the design's promises (`promises`).
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod backups;
+mod config;
+mod ending;
+mod primary;
+mod promises;
+mod receiving;
+mod smuggling;
+
+use common::{Client, Dup, Sink};
+
+/// A small message in wire form.
+const BODY: &[u8] = b"Subject: test\r\n\r\nHello\r\n..dot\r\n";
+
+/// smtp-dup in front of this primary, without backups, and further configuration lines.
+#[track_caller]
+fn dup_with(primary: &Sink, smtp: &str, relay: &str) -> Dup {
+    Dup::start(&common::config(primary.addr(), &[], smtp, relay))
+}
+
+/// A primary that behaves well, and smtp-dup in front of it.
+#[track_caller]
+fn relay() -> (Sink, Dup) {
+    let primary = Sink::start();
+    let dup = dup_with(&primary, "", "");
+    (primary, dup)
+}
+
+/// A whole transaction, which has to succeed.
+#[track_caller]
+fn deliver(client: &mut Client) {
+    let reply = client.message("a@example.com", &["b@example.com"], BODY);
+    assert_eq!(reply.code, 250, "{reply:?}");
+}
