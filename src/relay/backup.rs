@@ -26,12 +26,16 @@ use crate::shutdown::{Deadline, Shutdown};
 /// An agent without work ends after this time.
 const IDLE: Duration = Duration::from_secs(60);
 
-/// An agent without work looks again after this time before it sleeps until it is woken: in a
-/// steady flow of mail it finds several copies then, and no client's worker had to wake it.
+/// The first agent without work looks again after this time before it sleeps until it is woken …
 const LINGER: Duration = Duration::from_millis(2);
 
-/// More copies than this are not left for it to find.
+/// … and so many copies are left for it, or for one that is at work, to find. Waking threads is
+/// what a small copy costs most: in a steady flow of mail, one agent that is always at work does
+/// with less than several that are woken for each, and no client's worker has to do it.
 const LEFT_TO_FIND: usize = 4;
+
+/// How often an agent that sleeps looks by itself, in case that the one at work is stuck.
+const LOOK: Duration = Duration::from_secs(1);
 
 /// The first pause of all.
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
@@ -68,8 +72,8 @@ struct State {
     agents: usize,
     /// Agents that wait for a copy.
     idle: usize,
-    /// Those of them that look for themselves in a moment.
-    lingering: usize,
+    /// One of them looks for itself in a moment.
+    lingers: bool,
     /// Cloned for each agent, until the drain begins.
     alive: Option<Sender<()>>,
 }
@@ -102,7 +106,7 @@ impl Backup {
             hold: None,
             agents: 0,
             idle: 0,
-            lingering: 0,
+            lingers: false,
             alive: Some(alive.clone()),
         };
         Backup {
@@ -120,14 +124,15 @@ impl Backup {
     pub fn enqueue(&self, copy: Copy) -> Option<Leave> {
         let mut state = self.state();
         state.queue.push_back(copy);
+        let backlog = state.queue.len();
         if state.idle == 0 {
             return self.recruit_in(&mut state);
         }
-        if state.lingering > 0 && state.queue.len() <= LEFT_TO_FIND {
-            return None;
-        }
+        let someone_comes = state.lingers || state.agents > state.idle;
         drop(state);
-        self.wake.notify_one();
+        if !someone_comes || backlog > LEFT_TO_FIND {
+            self.wake.notify_one();
+        }
         None
     }
 
@@ -182,15 +187,13 @@ impl Backup {
             }
             let idle = usize::from(held_until.is_none());
             let mut left = wake.unwrap_or(idle_until).saturating_duration_since(now);
-            let lingers = usize::from(std::mem::take(&mut linger) && held_until.is_none());
-            if lingers > 0 {
-                left = left.min(LINGER);
-            }
+            let lingers = std::mem::take(&mut linger) && held_until.is_none() && !state.lingers;
+            left = left.min(if lingers { LINGER } else { LOOK });
             state.idle += idle;
-            state.lingering += lingers;
+            state.lingers |= lingers;
             state = self.wake.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
             state.idle -= idle;
-            state.lingering -= lingers;
+            state.lingers &= !lingers;
         }
     }
 

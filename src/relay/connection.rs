@@ -286,7 +286,7 @@ impl Connection {
     /// [`Failure::Untimely`] with the reply that is there, or why there is none.
     pub fn check_quiet(&mut self, step: Step, deadline: Deadline) -> Result<(), Failure> {
         if self.input.is_empty() {
-            let mut first = [0; 512];
+            let mut first = [0; 64];
             match recv(self.stream.as_raw_fd(), &mut first, MsgFlags::MSG_DONTWAIT) {
                 Err(Errno::EAGAIN | Errno::EINTR) => return Ok(()),
                 Ok(0) | Err(_) => return Err(Failure::Lost(step)),
@@ -323,7 +323,8 @@ impl Connection {
 
     /// Waits for octets.
     fn read(&mut self, step: Step, until: Deadline) -> Result<(), Failure> {
-        let mut octets = [0; 2048];
+        // Little, for it lies on the stack of every session; replies are short.
+        let mut octets = [0; 512];
         loop {
             match self.stream.read(&mut octets) {
                 Ok(0) => return Err(Failure::Lost(step)),

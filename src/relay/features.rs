@@ -2,9 +2,6 @@
 
 use std::fmt;
 
-use lettre::transport::smtp::extension::{Extension, ServerInfo};
-use lettre::transport::smtp::response::Response;
-
 use crate::smtp::reply::Reply;
 
 /// The extensions that can be mirrored to a client, or used towards a backup.
@@ -28,30 +25,22 @@ impl Features {
     /// Reads the reply to EHLO. What cannot be understood is not offered.
     pub fn from_ehlo(reply: &Reply) -> Features {
         let mut features = Features::default();
-        let mut known = String::new();
-        for (n, text) in reply.texts().enumerate() {
+        // The first line is the server's name.
+        for text in reply.texts().skip(1) {
             let text = String::from_utf8_lossy(text).to_ascii_uppercase();
-            let mark = if n + 1 == reply.texts().count() { ' ' } else { '-' };
-            known.push_str(&format!("250{mark}{text}\r\n"));
             let mut words = text.split_whitespace();
             match words.next() {
-                _ if n == 0 => {}
                 Some("PIPELINING") => features.pipelining = true,
+                Some("8BITMIME") => features.eight_bit = true,
+                Some("SMTPUTF8") => features.utf8 = true,
                 Some("DSN") => features.dsn = true,
                 Some("ENHANCEDSTATUSCODES") => features.status_codes = true,
                 Some("SIZE") => {
-                    let limit =
-                        words.next().and_then(|word| word.parse().ok()).filter(|&limit| limit > 0);
-                    features.size = Some(limit);
+                    let limit = words.next().and_then(|word| word.parse().ok());
+                    features.size = Some(limit.filter(|&limit| limit > 0));
                 }
                 _ => {}
             }
-        }
-        if let Some(info) =
-            known.parse::<Response>().ok().and_then(|r| ServerInfo::from_response(&r).ok())
-        {
-            features.eight_bit = info.supports_feature(Extension::EightBitMime);
-            features.utf8 = info.supports_feature(Extension::SmtpUtfEight);
         }
         features
     }

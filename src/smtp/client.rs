@@ -11,12 +11,13 @@ use std::os::fd::AsRawFd;
 
 use super::reply::Reply;
 use super::session::Shared;
-use super::wire::Input;
+use super::wire::{Input, MAX_COMMAND_LINE};
 use crate::relay::connection::is_tick;
 use crate::shutdown::Deadline;
 
-/// What one read takes at most while a client sends commands, in octets. Idle clients are many.
-const COMMAND_BUFFER: usize = 4096;
+/// What one read takes while a client sends commands, in octets: one of the longest lines. Idle
+/// clients are many; one that sends more at once gets a bigger buffer.
+const COMMAND_BUFFER: usize = MAX_COMMAND_LINE + 256;
 
 /// The client closed, or the network did.
 #[derive(Debug)]
@@ -74,9 +75,9 @@ impl<'a> Client<'a> {
             return;
         }
         let _ = self.stream.set_nonblocking(true);
-        let mut away = [0; 1024];
         for _ in 0..64 {
-            if !matches!(self.stream.read(&mut away), Ok(1..)) {
+            self.input.consume(usize::MAX);
+            if !matches!(self.stream.read(self.input.room()), Ok(1..)) {
                 break;
             }
         }
@@ -85,10 +86,15 @@ impl<'a> Client<'a> {
     /// Waits for octets. False when a tick has passed without any.
     pub fn read(&mut self) -> Result<bool, Gone> {
         loop {
-            match self.stream.read(self.input.room()) {
+            let room = self.input.room();
+            match self.stream.read(room) {
                 Ok(0) => return Err(Gone),
                 Ok(n) => {
+                    let is_full = n == room.len();
                     self.input.filled(n);
+                    if is_full {
+                        self.hold_much();
+                    }
                     return Ok(true);
                 }
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
