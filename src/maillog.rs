@@ -202,7 +202,7 @@ pub fn copy_sent(id: QueueId, backup: &Destination, since: Instant, reply: &Repl
 
 /// A copy went out without something that the backup lacks.
 pub fn copy_reduced(id: QueueId, backup: &Destination, what: &str) {
-    debug!("{id}: relay={backup} role=backup does not offer {what}: sent without");
+    info!("{id}: relay={backup} role=backup does not offer {what}: sent without");
 }
 
 /// A backup refused one recipient for good.
