@@ -74,6 +74,15 @@ pub fn configuration(what: &str) {
     warn!("{}", one_line(what));
 }
 
+/// The limit on open files does not do for all connections that the configuration allows.
+pub fn few_descriptors(needed: u64, limit: u64) {
+    warn!(
+        "the limit on open files is {limit}, but all connections may need {needed}: \
+         raise it (ulimit -n, LimitNOFILE) or lower smtp.max_connections; \
+         copies of messages over 256 KiB are not kept"
+    );
+}
+
 /// A signal asked the program to end.
 pub fn stopping(signal: &str) {
     info!("stopping on {signal}");

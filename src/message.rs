@@ -51,12 +51,15 @@ impl fmt::Display for QueueId {
 pub struct Budget {
     limit: u64,
     held: AtomicU64,
+    most_files: u64,
+    files: AtomicU64,
 }
 
 impl Budget {
-    /// A budget of `limit` octets.
-    pub fn new(limit: u64) -> Arc<Budget> {
-        Arc::new(Budget { limit, held: AtomicU64::new(0) })
+    /// A budget of `limit` octets, in memory and in at most `most_files` files.
+    pub fn new(limit: u64, most_files: u64) -> Arc<Budget> {
+        let (held, files) = (AtomicU64::new(0), AtomicU64::new(0));
+        Arc::new(Budget { limit, held, most_files, files })
     }
 }
 
@@ -65,29 +68,41 @@ impl Budget {
 pub struct Held {
     budget: Arc<Budget>,
     octets: u64,
+    files: u64,
 }
 
 impl Held {
     fn nothing(budget: &Arc<Budget>) -> Held {
-        Held { budget: Arc::clone(budget), octets: 0 }
+        Held { budget: Arc::clone(budget), octets: 0, files: 0 }
     }
 
     /// Takes `octets` more, if the budget has them.
     fn grow(&mut self, octets: u64) -> bool {
-        let Budget { limit, held } = &*self.budget;
-        let grown = held.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |held| {
-            held.checked_add(octets).filter(|sum| sum <= limit)
-        });
-        if grown.is_ok() {
-            self.octets += octets;
-        }
-        grown.is_ok()
+        let taken = take(&self.budget.held, octets, self.budget.limit);
+        self.octets += if taken { octets } else { 0 };
+        taken
     }
+
+    /// Takes a file, if there is one left to have.
+    fn open_file(&mut self) -> Result<File, NoCopy> {
+        if !take(&self.budget.files, 1, self.budget.most_files) {
+            return Err(NoCopy::TooManyFiles(self.budget.most_files));
+        }
+        self.files += 1;
+        tempfile::tempfile().map_err(NoCopy::TemporaryFile)
+    }
+}
+
+/// Adds to a sum that must not pass its limit. False when it would.
+fn take(sum: &AtomicU64, more: u64, limit: u64) -> bool {
+    let within = |sum: u64| sum.checked_add(more).filter(|sum| *sum <= limit);
+    sum.fetch_update(Ordering::Relaxed, Ordering::Relaxed, within).is_ok()
 }
 
 impl Drop for Held {
     fn drop(&mut self) {
         self.budget.held.fetch_sub(self.octets, Ordering::Relaxed);
+        self.budget.files.fetch_sub(self.files, Ordering::Relaxed);
     }
 }
 
@@ -120,6 +135,8 @@ pub struct Message {
 pub enum NoCopy {
     /// `relay.backup_memory`, so many octets, is in use.
     OverBudget(u64),
+    /// So many copies lie in files, and the rest of the descriptors is for connections.
+    TooManyFiles(u64),
     /// The temporary file could not be made or written.
     TemporaryFile(io::Error),
 }
@@ -129,6 +146,9 @@ impl fmt::Display for NoCopy {
         match self {
             NoCopy::OverBudget(limit) => {
                 write!(f, "copies held fill relay.backup_memory, {limit} octets")
+            }
+            NoCopy::TooManyFiles(most) => {
+                write!(f, "copies held use all {most} files that the limit on open files leaves")
             }
             NoCopy::TemporaryFile(error) => {
                 write!(f, "temporary file in {}: {error}", std::env::temp_dir().display())
@@ -171,7 +191,7 @@ impl Collector {
         if let Ok(kept) = &mut self.kept
             && let Err(error) = kept.spill(octets)
         {
-            self.kept = Err(NoCopy::TemporaryFile(error));
+            self.kept = Err(error);
         }
     }
 
@@ -200,14 +220,13 @@ impl Collector {
 }
 
 impl Kept {
-    fn spill(&mut self, octets: &[u8]) -> io::Result<()> {
-        if self.file.is_none() {
-            self.file = Some((tempfile::tempfile()?, 0));
-        }
-        if let Some((file, length)) = &mut self.file {
-            file.write_all(octets)?;
-            *length += octets.len() as u64;
-        }
+    fn spill(&mut self, octets: &[u8]) -> Result<(), NoCopy> {
+        let (file, length) = match &mut self.file {
+            Some(file) => file,
+            None => self.file.insert((self.held.open_file()?, 0)),
+        };
+        file.write_all(octets).map_err(NoCopy::TemporaryFile)?;
+        *length += octets.len() as u64;
         Ok(())
     }
 }

@@ -18,6 +18,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::buffers::Buffers;
 use crate::config::Config;
+use crate::launch::descriptors;
 use crate::launch::signals::Signals;
 use crate::maillog;
 use crate::message::Budget;
@@ -57,6 +58,10 @@ pub fn run(config: &Config, listeners: Vec<TcpListener>, signals: &Signals) {
     let addresses: Vec<SocketAddr> =
         listeners.iter().filter_map(|listener| listener.local_addr().ok()).collect();
     maillog::starting(config, &addresses);
+    let files = descriptors::for_copies(config).unwrap_or_else(|(needed, limit)| {
+        maillog::few_descriptors(needed, limit);
+        0
+    });
     thread::scope(|outer| {
         let agents = Agents::new(outer, &backups, &shutdown);
         let shared = Shared {
@@ -65,7 +70,7 @@ pub fn run(config: &Config, listeners: Vec<TcpListener>, signals: &Signals) {
             max_recipients: config.max_recipients,
             timeout: config.timeout,
             primary: &primary,
-            budget: &Budget::new(config.backup_memory),
+            budget: &Budget::new(config.backup_memory, files),
             buffers: &Buffers::default(),
             shutdown: &shutdown,
         };

@@ -107,7 +107,9 @@ impl<'scope, 'env> Agents<'scope, 'env> {
         copy: &Copy,
         at_hand: &mut Option<Connection>,
     ) -> Result<Attempt, Failure> {
-        if let Some(mut connection) = at_hand.take() {
+        if let Some(mut connection) = at_hand.take()
+            && connection.check_quiet(Step::Command("MAIL")).is_ok()
+        {
             match copy.send(&mut connection, self.shutdown) {
                 Err(failure) if is_stale(&failure) => {}
                 sent => {
@@ -139,12 +141,11 @@ impl<'scope, 'env> Agents<'scope, 'env> {
     }
 }
 
-/// The server closed while the connection was idle: nothing of the copy was taken.
+/// The server had closed the connection while it was idle: nothing of the copy was taken.
 fn is_stale(failure: &Failure) -> bool {
     match failure {
-        Failure::Lost(step) => *step == Step::Command("MAIL"),
-        Failure::Unwelcome(step, reply) | Failure::Untimely(step, reply) => {
-            *step == Step::Command("MAIL") && reply.code() == 421
+        Failure::Lost(step) | Failure::Unwelcome(step, _) | Failure::Untimely(step, _) => {
+            *step == Step::Command("MAIL")
         }
         _ => false,
     }

@@ -74,6 +74,8 @@ struct State {
     idle: usize,
     /// One of them looks for itself in a moment.
     lingers: bool,
+    /// An agent waits for the end of the hold.
+    prober: bool,
     /// Cloned for each agent, until the drain begins.
     alive: Option<Sender<()>>,
 }
@@ -107,6 +109,7 @@ impl Backup {
             agents: 0,
             idle: 0,
             lingers: false,
+            prober: false,
             alive: Some(alive.clone()),
         };
         Backup {
@@ -174,14 +177,14 @@ impl Backup {
             }
             let due = state.deferred.first_key_value().map(|(&(due, _), _)| due);
             let wake = held_until.or(due);
-            // The drain lasts for what comes within it; while the backup is held, one agent is
-            // enough to try it.
+            // The drain lasts for what comes within it; while the backup is held, one agent that
+            // waits to try it is enough. Others that are at work do not count: they may be stuck.
             let end = if state.alive.is_none() { Some(shutdown.drain()) } else { None };
             let nothing_comes = match end {
                 Some(end) => now >= end || wake.is_none_or(|wake| wake >= end),
                 None => wake.is_none() && now >= idle_until,
             };
-            if nothing_comes || held_until.is_some() && state.agents > 1 {
+            if nothing_comes || held_until.is_some() && state.prober {
                 state.agents -= 1;
                 return None;
             }
@@ -191,9 +194,11 @@ impl Backup {
             left = left.min(if lingers { LINGER } else { LOOK });
             state.idle += idle;
             state.lingers |= lingers;
+            state.prober = held_until.is_some();
             state = self.wake.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
             state.idle -= idle;
             state.lingers &= !lingers;
+            state.prober &= held_until.is_none();
         }
     }
 

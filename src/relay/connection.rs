@@ -37,6 +37,9 @@ pub struct Limits {
 /// A file is sent in pieces of so many octets.
 const FILE_PIECE: u64 = 1 << 20;
 
+/// No more than this is read of what a server says before its time, in octets.
+const MAX_STRAY: usize = 16 * 1024;
+
 /// What was being done when it failed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Step {
@@ -225,14 +228,14 @@ impl Connection {
         let mut until = deadline.renewed(self.limits.data);
         while (offset as u64) < length {
             // In pieces, for what a server says in mid-message is not its word on the whole.
-            self.check_quiet(Step::Message, deadline)?;
+            self.check_quiet(Step::Message)?;
             let rest = (length - offset as u64).min(FILE_PIECE) as usize;
             match sendfile(&self.stream, file, Some(&mut offset), rest) {
                 Ok(0) => return Err(Failure::Lost(Step::Message)),
                 Ok(_) => until = deadline.renewed(self.limits.data),
                 Err(Errno::EINTR) => {}
-                Err(Errno::EAGAIN) => self.stalled(Step::Message, until, deadline)?,
-                Err(_) => return Err(self.broken(Step::Message, deadline)),
+                Err(Errno::EAGAIN) => self.stalled(Step::Message, until)?,
+                Err(_) => return Err(self.broken(Step::Message)),
             }
         }
         Ok(())
@@ -250,7 +253,7 @@ impl Connection {
         let mut until = deadline.renewed(limit);
         while !rest.is_empty() {
             match self.stream.write(rest) {
-                Ok(0) => return Err(self.broken(step, deadline)),
+                Ok(0) => return Err(self.broken(step)),
                 Ok(n) => {
                     rest = &rest[n..];
                     if !rest.is_empty() {
@@ -258,43 +261,51 @@ impl Connection {
                     }
                 }
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(error) if is_tick(&error) => self.stalled(step, until, deadline)?,
-                Err(_) => return Err(self.broken(step, deadline)),
+                Err(error) if is_tick(&error) => self.stalled(step, until)?,
+                Err(_) => return Err(self.broken(step)),
             }
         }
         Ok(())
     }
 
     /// A write made no progress for one tick: the server may have spoken instead of reading.
-    fn stalled(&mut self, step: Step, until: Deadline, deadline: Deadline) -> Result<(), Failure> {
-        self.check_quiet(step, deadline)?;
+    fn stalled(&mut self, step: Step, until: Deadline) -> Result<(), Failure> {
+        self.check_quiet(step)?;
         until.left().map(drop).map_err(|expired| Failure::expired(expired, step))
     }
 
     /// A write failed: what the server said before it closed explains it, if it said anything.
-    fn broken(&mut self, step: Step, deadline: Deadline) -> Failure {
-        match self.check_quiet(step, deadline) {
+    fn broken(&mut self, step: Step) -> Failure {
+        match self.check_quiet(step) {
             Err(failure) => failure,
             Ok(()) => Failure::Lost(step),
         }
     }
 
-    /// Makes sure that nothing is there to be read. A stray reply would be taken for that to the
-    /// next command, and shift all that follow.
+    /// Makes sure that nothing is there to be read, without waiting. A stray reply would be taken
+    /// for that to the next command, and shift all that follow.
     ///
     /// # Errors
-    /// [`Failure::Untimely`] with the reply that is there, or why there is none.
-    pub fn check_quiet(&mut self, step: Step, deadline: Deadline) -> Result<(), Failure> {
-        if self.input.is_empty() {
-            let mut first = [0; 64];
-            match recv(self.stream.as_raw_fd(), &mut first, MsgFlags::MSG_DONTWAIT) {
-                Err(Errno::EAGAIN | Errno::EINTR) => return Ok(()),
-                Ok(0) | Err(_) => return Err(Failure::Lost(step)),
-                Ok(n) => self.input.extend_from_slice(&first[..n]),
+    /// [`Failure::Untimely`] with the reply that is there, [`Failure::Nonsense`] when it is none,
+    /// [`Failure::Lost`] when the server has closed.
+    pub fn check_quiet(&mut self, step: Step) -> Result<(), Failure> {
+        let mut octets = [0; 256];
+        loop {
+            match recv(self.stream.as_raw_fd(), &mut octets, MsgFlags::MSG_DONTWAIT) {
+                Ok(n @ 1..) if self.input.len() < MAX_STRAY => {
+                    self.input.extend_from_slice(&octets[..n])
+                }
+                Err(Errno::EINTR) => {}
+                Err(Errno::EAGAIN) if self.input.is_empty() => return Ok(()),
+                Ok(0) | Err(_) if self.input.is_empty() => return Err(Failure::Lost(step)),
+                _ => break,
             }
         }
-        let reply = self.reply(step, deadline.renewed(TICK * 5))?;
-        Err(Failure::Untimely(step, reply))
+        match Reply::parse(&self.input) {
+            Ok(Some((reply, _))) => Err(Failure::Untimely(step, reply)),
+            Ok(None) => Err(Failure::Nonsense(step, "a part of a reply before its time".into())),
+            Err(Nonsense(what)) => Err(Failure::Nonsense(step, what)),
+        }
     }
 
     /// Waits for one whole reply.
@@ -350,11 +361,6 @@ impl Connection {
     /// Fit for another transaction, as far as is known.
     pub fn is_at_rest(&self) -> bool {
         self.at_rest
-    }
-
-    /// The server has said more than it was asked.
-    pub fn has_unread(&self) -> bool {
-        !self.input.is_empty()
     }
 }
 

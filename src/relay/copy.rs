@@ -98,7 +98,6 @@ impl Copy {
                     return Ok(attempt);
                 }
                 attempt.verdict = Some(self.send_body(connection, shutdown)?);
-                connection.rest();
                 return Ok(attempt);
             }
             (_, Some(data)) if accepted > 0 => attempt.verdict = Some(data),
@@ -144,31 +143,38 @@ impl Copy {
         Some((commands, places))
     }
 
-    /// Sends what follows the 354, and gives the reply to it.
+    /// Sends what follows the 354, and gives the reply to it. The connection is at rest after a
+    /// reply to the whole; one that refused in the middle is of no more use.
     fn send_body(
         &self,
         connection: &mut Connection,
         shutdown: &Shutdown,
     ) -> Result<Reply, Failure> {
-        let limits = connection.limits();
-        let deadline = Deadline::of_copy(limits.data, shutdown);
-        if connection.has_unread() {
-            return Err(Failure::Untimely(
-                Step::Message,
-                connection.reply(Step::Message, deadline)?,
-            ));
-        }
-        match &self.message.body {
-            Body::Memory(octets) => connection.send_message(octets, deadline)?,
-            Body::File(file, length) => connection.send_file(file, *length, deadline)?,
+        let deadline = Deadline::of_copy(connection.limits().data, shutdown);
+        let sent = connection.check_quiet(Step::Message).and_then(|()| match &self.message.body {
+            Body::Memory(octets) => connection.send_message(octets, deadline),
+            Body::File(file, length) => connection.send_file(file, *length, deadline),
+        });
+        match sent {
+            Ok(()) => {}
+            Err(Failure::Untimely(_, reply)) if is_refusal(&reply) => return Ok(reply),
+            Err(failure) => return Err(failure),
         }
         let reply = connection.reply(Step::EndOfData, deadline)?;
         match reply.class() {
             Class::Intermediate => Err(Failure::Nonsense(Step::EndOfData, reply.to_string())),
             _ if reply.code() == 421 => Err(Failure::Unwelcome(Step::EndOfData, reply)),
-            _ => Ok(reply),
+            _ => {
+                connection.rest();
+                Ok(reply)
+            }
         }
     }
+}
+
+/// A refusal of this message, and not the end of the connection.
+fn is_refusal(reply: &Reply) -> bool {
+    matches!(reply.class(), Class::Transient | Class::Permanent) && reply.code() != 421
 }
 
 /// Command lines with their verbs.
@@ -257,7 +263,8 @@ fn reduce_rcpt(path: &Path, features: &Features) -> Path {
     let mut parameters = Vec::new();
     if features.dsn {
         parameters.extend_from_slice(b"NOTIFY=NEVER");
-        if let Some(original) = path.value("ORCPT") {
+        let original = path.value("ORCPT").filter(|value| features.utf8 || value.is_ascii());
+        if let Some(original) = original {
             parameters.extend_from_slice(b" ORCPT=");
             parameters.extend_from_slice(original);
         }

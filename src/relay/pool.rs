@@ -39,12 +39,11 @@ impl Pool {
     }
 
     /// An idle connection that is still quiet and open, as far as can be seen.
-    pub fn take(&self, shutdown: &Shutdown) -> Option<Connection> {
+    pub fn take(&self) -> Option<Connection> {
         self.reap();
         loop {
             let (_, mut connection) = self.idle().pop()?;
-            let deadline = Deadline::of_transaction(self.limits.command, shutdown);
-            if connection.check_quiet(Step::Command("MAIL"), deadline).is_ok() {
+            if connection.check_quiet(Step::Command("MAIL")).is_ok() {
                 return Some(connection);
             }
         }

@@ -31,8 +31,10 @@ pub struct Primary<'a> {
     told: Features,
     /// The answer to all that is left of a transaction in which the primary failed.
     failed: Option<Reply>,
-    /// The commands last sent, in case that they have to be sent again.
+    /// The commands last sent, in case that they have to be sent again …
     batch: Vec<u8>,
+    /// … and what a server must offer to take them: PIPELINING, SIZE.
+    batch_needs: Features,
 }
 
 impl<'a> Primary<'a> {
@@ -48,6 +50,7 @@ impl<'a> Primary<'a> {
             told: Features::default(),
             failed: None,
             batch: Vec::new(),
+            batch_needs: Features::default(),
         }
     }
 
@@ -79,14 +82,13 @@ impl<'a> Primary<'a> {
 
     /// Gets a connection for the next transaction: the one at hand, an idle one, or a new one.
     fn take(&mut self) -> Result<(), Reply> {
-        if let Some(mut connection) = self.connection.take() {
-            let deadline = Deadline::of_transaction(self.pool.limits().command, self.shutdown);
-            if connection.check_quiet(Step::Command("MAIL"), deadline).is_ok() {
-                self.connection = Some(connection);
-                return Ok(());
-            }
+        if let Some(mut connection) = self.connection.take()
+            && connection.check_quiet(Step::Command("MAIL")).is_ok()
+        {
+            self.connection = Some(connection);
+            return Ok(());
         }
-        match self.pool.take(self.shutdown) {
+        match self.pool.take() {
             Some(connection) => {
                 self.connection = Some(connection);
                 self.used = true;
@@ -125,50 +127,83 @@ impl<'a> Primary<'a> {
     /// The 421 for the client when there is no connection for a new transaction, or none that
     /// offers what the client was told.
     pub fn send(&mut self, commands: &[Relayed]) -> Result<(), Reply> {
-        self.batch.clear();
-        for command in commands {
-            command.write(&mut self.batch);
-        }
-        if let [Relayed::Mail(_), ..] = commands {
+        let Some(first) = commands.first() else { return Ok(()) };
+        let begins = matches!(first, Relayed::Mail(_));
+        if begins {
             self.take()?;
-            self.cover_told()?;
-            self.open = true;
         }
         if self.failed.is_some() {
             return Ok(());
         }
-        let Some(command) = commands.first() else { return Ok(()) };
-        if let Err(failure) = self.send_batch(command) {
-            self.recover(command, true, failure)?;
+        self.compose(commands);
+        if begins {
+            self.fits()?;
+            self.open = true;
+        }
+        if let Err(failure) = self.send_batch(first) {
+            self.recover(first, true, failure)?;
         }
         Ok(())
+    }
+
+    /// Makes the batch of some commands, for the connection at hand. SIZE is the one parameter that
+    /// a client may send because we offer it, and not the primary: that one must not see it.
+    fn compose(&mut self, commands: &[Relayed]) {
+        let features =
+            self.connection.as_ref().map(Connection::features).cloned().unwrap_or_default();
+        self.batch.clear();
+        self.batch_needs = Features { pipelining: commands.len() > 1, ..Features::default() };
+        for command in commands {
+            match command {
+                Relayed::Mail(path) if features.size.is_none() => {
+                    Relayed::Mail(path.without("SIZE")).write(&mut self.batch);
+                }
+                Relayed::Mail(path) if path.value("SIZE").is_some() => {
+                    self.batch_needs.size = Some(None);
+                    command.write(&mut self.batch);
+                }
+                _ => command.write(&mut self.batch),
+            }
+        }
     }
 
     fn send_batch(&mut self, first: &Relayed) -> Result<(), Failure> {
         let step = Step::Command(first.verb());
         let deadline = Deadline::of_transaction(self.pool.limits().command, self.shutdown);
         match &mut self.connection {
-            Some(connection) => connection.send(&self.batch, step, deadline),
+            Some(connection) => {
+                // Before MAIL this was seen to when the connection was chosen.
+                if !matches!(first, Relayed::Mail(_)) {
+                    connection.check_quiet(step)?;
+                }
+                connection.send(&self.batch, step, deadline)
+            }
             None => Err(Failure::Lost(step)),
         }
     }
 
-    /// The connection at hand must offer all that the client was told.
-    fn cover_told(&mut self) -> Result<(), Reply> {
-        let now = self.connection.as_ref().map(|c| c.features().mirrored(self.max_message_size));
-        match now {
-            Some(now) if now.cover(&self.told) => Ok(()),
-            _ => {
-                self.connection = None;
-                Err(Reply::new(
-                    421,
-                    "4.3.2",
-                    &format!(
-                        "primary {} offers less than before; connect anew",
-                        self.pool.destination()
-                    ),
-                ))
-            }
+    /// The connection at hand must offer all that the client was told, and take the batch.
+    fn fits(&mut self) -> Result<(), Reply> {
+        let fits = self.connection.as_ref().map(Connection::features).is_some_and(|now| {
+            now.mirrored(self.max_message_size).cover(&self.told)
+                && (now.pipelining || !self.batch_needs.pipelining)
+                && (now.size.is_some() || self.batch_needs.size.is_none())
+        });
+        if fits {
+            return Ok(());
+        }
+        self.connection = None;
+        let primary = self.pool.destination();
+        let text = format!("primary {primary} offers less than before; connect anew");
+        Err(Reply::new(421, "4.3.2", &text))
+    }
+
+    /// The client is about to begin a transaction: a connection that waits for one tells whether
+    /// it takes batches.
+    pub fn prepare(&mut self) {
+        if self.connection.is_none() {
+            self.connection = self.pool.take();
+            self.used = self.connection.is_some();
         }
     }
 
@@ -190,7 +225,7 @@ impl<'a> Primary<'a> {
         }
         self.connection = None;
         self.open_new()?;
-        self.cover_told()?;
+        self.fits()?;
         if let Err(failure) = self.send_batch(command) {
             self.fail(failure);
         }
@@ -264,7 +299,7 @@ impl<'a> Primary<'a> {
         let deadline = Deadline::of_transaction(self.pool.limits().data, self.shutdown);
         let sent = match &mut self.connection {
             Some(connection) => connection
-                .check_quiet(Step::Message, deadline)
+                .check_quiet(Step::Message)
                 .and_then(|()| connection.send_message(part, deadline)),
             None => Err(Failure::Lost(Step::Message)),
         };

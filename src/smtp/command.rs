@@ -156,5 +156,12 @@ fn path_end(text: &[u8]) -> Option<usize> {
             _ => {}
         }
     }
-    (!bracketed).then_some(text.len())
+    if !bracketed {
+        return Some(text.len());
+    }
+    // A quote that is never closed is for the primary to judge: the last bracket that can end a
+    // path does.
+    let ends =
+        |at: &usize| text[*at] == b'>' && text.get(at + 1).is_none_or(u8::is_ascii_whitespace);
+    (0..text.len()).rfind(ends).map(|at| at + 1)
 }

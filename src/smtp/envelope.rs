@@ -27,6 +27,14 @@ impl Path {
         })
     }
 
+    /// The same path without the parameter `keyword=`.
+    pub fn without(&self, keyword: &str) -> Path {
+        let others = self.parameters().filter(|parameter| {
+            !split_parameter(parameter).0.eq_ignore_ascii_case(keyword.as_bytes())
+        });
+        Path { parameters: others.collect::<Vec<_>>().join(&b' '), path: self.path.clone() }
+    }
+
     /// Needs SMTPUTF8 (RFC 6531 §3.2): not all of it is ASCII.
     pub fn is_utf8(&self) -> bool {
         !self.path.is_ascii()

@@ -10,6 +10,9 @@ use super::wire::{BodyDecoder, Decoded, Input};
 use crate::buffers::Buffers;
 use crate::message::{Collector, MEMORY_THRESHOLD, Message, NoCopy, QueueId};
 
+/// No more of a Message-ID is logged, in octets.
+const MAX_MESSAGE_ID: usize = 250;
+
 /// Octets of `.` CR LF.
 const FINAL_DOT: u64 = 3;
 
@@ -118,7 +121,8 @@ fn message_id(head: &[u8]) -> Option<Vec<u8>> {
         if let Some((name, value)) = line.split_at_checked(NAME.len())
             && name.eq_ignore_ascii_case(NAME)
         {
-            return Some(value.trim_ascii().to_vec());
+            let value = value.trim_ascii();
+            return Some(value[..value.len().min(MAX_MESSAGE_ID)].to_vec());
         }
     }
     None

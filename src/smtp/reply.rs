@@ -11,6 +11,10 @@ use memchr::memchr;
 /// Longest line of a reply that is read, in octets (RFC 5321 §4.5.3.1.5 allows 512).
 const MAX_LINE: usize = 4096;
 
+/// Longest text of a reply of our own, in octets: what others say may be part of it, and a line
+/// has 512 (RFC 5321 §4.5.3.1.5).
+const MAX_OWN_TEXT: usize = 480;
+
 /// Longest reply that is read, in octets over all its lines.
 const MAX_REPLY: usize = 16 * 1024;
 
@@ -31,7 +35,7 @@ impl Reply {
     pub fn new(code: u16, status: &str, text: &str) -> Reply {
         let gap = if status.is_empty() { "" } else { " " };
         let mut wire = format!("{code} {status}{gap}").into_bytes();
-        wire.extend(text.bytes().map(printable));
+        wire.extend(text.bytes().take(MAX_OWN_TEXT).map(printable));
         wire.extend_from_slice(b"\r\n");
         Reply { code, wire }
     }

@@ -22,7 +22,7 @@ use crate::message::{Budget, QueueId};
 use crate::relay::agent::Agents;
 use crate::relay::pool::Pool;
 use crate::relay::primary::{MAX_UNANSWERED, Primary, stopping};
-use crate::shutdown::{Deadline, Expired, Shutdown};
+use crate::shutdown::{Deadline, Expired, Shutdown, TICK};
 
 /// Commands that are unknown, malformed or out of order, one after the other, before the client
 /// is cut off. What the primary refuses does not count.
@@ -61,6 +61,8 @@ pub struct Session<'a, 'scope, 'env> {
     /// EHLO or HELO was accepted.
     greeted: bool,
     transaction: Option<Transaction>,
+    /// The primary refused the last MAIL: what the client had sent behind it is no mistake.
+    mail_refused: bool,
     errors: u32,
 }
 
@@ -103,6 +105,7 @@ impl<'a, 'scope, 'env> Session<'a, 'scope, 'env> {
             primary: Primary::new(shared.primary, shared.shutdown, shared.max_message_size),
             greeted: false,
             transaction: None,
+            mail_refused: false,
             errors: 0,
         }
     }
@@ -186,6 +189,9 @@ impl<'a, 'scope, 'env> Session<'a, 'scope, 'env> {
             let Line::Whole(line) = self.client.input.peek_line() else { break };
             octets += line.len() + 2;
             let Ok(Command::Relayed(command)) = Command::parse(line) else { break };
+            if run.is_empty() && !open {
+                self.primary.prepare();
+            }
             let in_order = match &command {
                 Relayed::Mail(path) => !open && self.check_size(path).is_ok(),
                 Relayed::Rcpt(_) => open && recipients < self.shared.max_recipients,
@@ -212,7 +218,13 @@ impl<'a, 'scope, 'env> Session<'a, 'scope, 'env> {
         if let Err(reply) = self.primary.send(run) {
             return self.close(&reply);
         }
+        let mut flushed = Instant::now();
         for (n, command) in run.iter().enumerate() {
+            // A slow primary answers one by one, and the client's patience is for each reply.
+            if flushed.elapsed() > TICK {
+                self.client.flush().inspect_err(|_| self.primary.abort())?;
+                flushed = Instant::now();
+            }
             let reply = self.primary.answer(command, n == 0);
             self.relayed(command, reply)?;
         }
@@ -231,12 +243,15 @@ impl<'a, 'scope, 'env> Session<'a, 'scope, 'env> {
             // The primary went on where it had refused what comes before: 354 though it accepted
             // no recipient, or 250 to RCPT after a refused MAIL. Only closing gets out of that.
             self.primary.abort();
-            self.transaction = None;
+            self.leave_transaction();
             self.client.say(&out_of_order(command));
             return Ok(());
         }
         if reply.code() == 421 {
             return self.close(&reply);
+        }
+        if matches!(command, Relayed::Mail(_)) {
+            self.mail_refused = !success;
         }
         match command {
             Relayed::Mail(path) if success => {
@@ -324,6 +339,7 @@ impl<'a, 'scope, 'env> Session<'a, 'scope, 'env> {
     /// RSET, a new EHLO, or the end of a failed transaction: back to the state after EHLO.
     fn leave_transaction(&mut self) {
         self.transaction = None;
+        self.mail_refused = false;
         self.primary.reset();
         self.grammar.step(Step::Rset, &Reply::new(250, "", ""));
     }
@@ -351,6 +367,10 @@ impl<'a, 'scope, 'env> Session<'a, 'scope, 'env> {
                 let reply = Reply::new(452, "4.5.3", "too many recipients");
                 maillog::over_limit(self.client.address, &reply, "smtp.max_recipients");
                 self.client.say(&reply);
+                Ok(())
+            }
+            Relayed::Rcpt(_) | Relayed::Data if self.mail_refused => {
+                self.client.say(&out_of_order(command));
                 Ok(())
             }
             _ => self.mistake(out_of_order(command)),

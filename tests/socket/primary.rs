@@ -706,7 +706,7 @@ fn an_early_acceptance_is_none() {
         ("250 2.0.0 queued", "4.4.2 "),
         ("354 more", "4."),
         ("nonsense", "4."),
-        ("250-unfinished", "4.4.2 "),
+        ("250-unfinished", "4."),
     ] {
         let (reply, primary, _dup) = early(Action::reply(answer), "command_timeout_seconds: 1");
         assert_deferred(&reply, primary.addr(), answer);
