@@ -249,6 +249,15 @@ pub fn backup_down(backup: &Destination, why: &str) {
     error!("relay={backup} role=backup is down: {}", one_line(why));
 }
 
+/// A backup refuses one connection of several; the others serve it.
+pub fn backup_full(backup: &Destination, why: &str) {
+    info!(
+        "relay={backup} role=backup refuses one connection of several \
+         (see relay.backup_connections): {}",
+        one_line(why)
+    );
+}
+
 /// A backup that was down takes copies again.
 pub fn backup_back(backup: &Destination) {
     info!("relay={backup} role=backup is back");

@@ -95,7 +95,11 @@ impl<'scope, 'env> Agents<'scope, 'env> {
                 backup.is_up();
                 settle(backup, copy, attempt);
             }
-            Err(failure) => backup.hold(copy, &failure),
+            Err(failure) => {
+                if let Some(copy) = backup.give_back(copy, &failure) {
+                    backup.hold(copy, &failure);
+                }
+            }
         }
     }
 

@@ -37,6 +37,9 @@ const LEFT_TO_FIND: usize = 4;
 /// How often an agent that sleeps looks by itself, in case that the one at work is stuck.
 const LOOK: Duration = Duration::from_secs(1);
 
+/// One connection of several that was refused is tried again after this time.
+const REFUSED: Duration = Duration::from_secs(10);
+
 /// The first pause of all.
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
 
@@ -76,6 +79,10 @@ struct State {
     lingers: bool,
     /// An agent waits for the end of the hold.
     prober: bool,
+    /// Agents that were refused a connection and wait to try again.
+    refused: usize,
+    /// It has refused one connection more, which is said once.
+    full: bool,
     /// Cloned for each agent, until the drain begins.
     alive: Option<Sender<()>>,
 }
@@ -110,6 +117,8 @@ impl Backup {
             idle: 0,
             lingers: false,
             prober: false,
+            refused: 0,
+            full: false,
             alive: Some(alive.clone()),
         };
         Backup {
@@ -217,7 +226,8 @@ impl Backup {
 
     /// The backup has answered: it is not down, or not any more.
     pub fn is_up(&self) {
-        if self.state().hold.take().is_some() {
+        let mut state = self.state();
+        if state.hold.take().is_some() {
             maillog::backup_back(&self.destination);
         }
     }
@@ -225,6 +235,34 @@ impl Backup {
     /// An attempt has ended, and nothing is owed of this copy any more.
     pub fn done(&self, copy: &Copy) {
         self.state().landed(copy);
+    }
+
+    /// A connection was refused while others work: the backup is not down, it may take no more at
+    /// once. The copy goes back for an agent that has its connection; this one waits, to try
+    /// again in case that the others are stuck. Gives the copy when it is not so.
+    pub fn give_back(&self, mut copy: Copy, failure: &Failure) -> Option<Copy> {
+        let mut state = self.state();
+        // The last of all that are refused finds nobody at work, and holds the backup.
+        let others_work = state.agents - state.refused > 1;
+        if !failure.is_before_mail() || !others_work || state.hold.is_some() {
+            return Some(copy);
+        }
+        copy.attempts -= 1;
+        state.landed(&copy);
+        state.queue.push_front(copy);
+        if !std::mem::replace(&mut state.full, true) {
+            maillog::backup_full(&self.destination, &failure.to_string());
+        }
+        self.wake.notify_one();
+        let until = Instant::now() + REFUSED;
+        state.refused += 1;
+        while state.alive.is_some()
+            && let Some(left) = until.checked_duration_since(Instant::now())
+        {
+            state = self.wake.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        state.refused -= 1;
+        None
     }
 
     /// The backup failed: all its copies wait. This one may be the reason, and waits for itself as

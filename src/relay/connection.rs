@@ -90,6 +90,19 @@ pub enum Failure {
 }
 
 impl Failure {
+    /// No transaction was begun: the server could not be reached, or did not want to talk.
+    pub fn is_before_mail(&self) -> bool {
+        match self {
+            Failure::Connect(_) => true,
+            Failure::TimedOut(step)
+            | Failure::Stopping(step)
+            | Failure::Lost(step)
+            | Failure::Nonsense(step, _)
+            | Failure::Unwelcome(step, _)
+            | Failure::Untimely(step, _) => matches!(step, Step::Greeting | Step::Hello),
+        }
+    }
+
     fn expired(expired: Expired, step: Step) -> Failure {
         match expired {
             Expired::TimedOut => Failure::TimedOut(step),

@@ -662,6 +662,30 @@ fn a_backup_that_is_down_gets_everything_when_it_is_back() {
     assert_eq!(dup.log_lines("status=lost").len(), 0);
 }
 
+/// A server that allows one connection a client is not down because it refuses a second.
+#[test]
+fn a_backup_that_takes_one_connection_only_is_not_down() {
+    let primary = Sink::start();
+    let backup = Sink::replying(|event| match event {
+        Event::Connect(2..) => Action::reply_then_close("421 4.7.0 too many connections from you"),
+        // So slow that more than one agent is wanted.
+        Event::EndOfData(_) => Action::after(Duration::from_millis(20), Action::Default),
+        _ => Action::Default,
+    });
+    let dup = dup(&primary, &[&backup], "backup_connections: 4");
+    let mut client = Client::ready(dup.addr());
+    for number in 1..=50 {
+        assert_eq!(client.message(FROM, &[TO], &numbered(number)).code, 250);
+    }
+    backup.wait(50);
+    end(&dup, [client]);
+    assert_eq!(bodies(&backup.messages()), bodies(&primary.messages()));
+    assert!(backup.attempts().len() == 50 && backup.connections() > 1);
+    assert_eq!(dup.log_lines("is down").len(), 0, "{}", dup.log());
+    assert_eq!(dup.log_lines("status=deferred").len(), 0, "{}", dup.log());
+    assert_eq!(dup.log_lines("refuses one connection").len(), 1, "{}", dup.log());
+}
+
 #[test]
 fn the_pauses_begin_at_a_second_and_grow() {
     let times = Arc::new(Mutex::new(Vec::new()));
