@@ -260,6 +260,12 @@ impl Draft {
                 )));
             }
         }
+        if self.backups.contains(&primary) {
+            return Err(Mistake(format!(
+                "relay.destination_backups: \"{primary}\" is the primary as well: it would get \
+                 every message twice; take it out of one of the two"
+            )));
+        }
         if self.listen.is_empty() {
             return Err(Mistake(
                 "smtp.listen: an empty list; write at least one address, as 127.0.0.1:2525".into(),

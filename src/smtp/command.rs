@@ -9,10 +9,10 @@ use super::envelope::Path;
 /// A command that could be read.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Command {
-    /// EHLO, with what the client calls itself.
-    Ehlo(Vec<u8>),
-    /// HELO, with what the client calls itself.
-    Helo(Vec<u8>),
+    /// EHLO, whatever the client calls itself.
+    Ehlo,
+    /// HELO, the same.
+    Helo,
     /// A command of the transaction, which travels to the primary.
     Relayed(Relayed),
     /// RSET, whatever its argument.
@@ -90,8 +90,11 @@ impl Command {
         let end = line.iter().position(|&o| o == b' ' || o == b'\t').unwrap_or(line.len());
         let (verb, argument) = (&line[..end], line[end..].trim_ascii_start());
         match verb.to_ascii_uppercase().as_slice() {
-            b"EHLO" => name(argument).map(Command::Ehlo),
-            b"HELO" => name(argument).map(Command::Helo),
+            b"EHLO" | b"HELO" if argument.is_empty() => {
+                Err(Malformed::Argument("a host name is missing"))
+            }
+            b"EHLO" => Ok(Command::Ehlo),
+            b"HELO" => Ok(Command::Helo),
             b"MAIL" => path(argument, b"FROM").map(Relayed::Mail).map(Command::Relayed),
             b"RCPT" => path(argument, b"TO").map(Relayed::Rcpt).map(Command::Relayed),
             b"DATA" if argument.is_empty() => Ok(Command::Relayed(Relayed::Data)),
@@ -105,14 +108,6 @@ impl Command {
             | b"SAML" | b"XFORWARD" | b"XCLIENT" => Ok(Command::NotOffered),
             _ => Err(Malformed::Unknown),
         }
-    }
-}
-
-/// The argument of EHLO and HELO: the first word.
-fn name(argument: &[u8]) -> Result<Vec<u8>, Malformed> {
-    match argument.split(|o| o.is_ascii_whitespace()).next() {
-        Some(name) if !name.is_empty() => Ok(name.to_vec()),
-        _ => Err(Malformed::Argument("a host name is missing")),
     }
 }
 

@@ -302,8 +302,8 @@ impl<'a, 'scope, 'env> Session<'a, 'scope, 'env> {
                 self.client.say(&Reply::new(221, "2.0.0", "bye"));
                 return Err(End::Quit);
             }
-            Ok(Command::Ehlo(_)) => return self.hello(true),
-            Ok(Command::Helo(_)) => return self.hello(false),
+            Ok(Command::Ehlo) => return self.hello(true),
+            Ok(Command::Helo) => return self.hello(false),
             Ok(Command::Rset) => {
                 self.leave_transaction();
                 Reply::new(250, "2.0.0", "ok")
@@ -353,7 +353,9 @@ impl<'a, 'scope, 'env> Session<'a, 'scope, 'env> {
             }
             // The failed transaction never began for the client: this is another.
             self.leave_transaction();
-            return self.relay(std::slice::from_ref(command));
+            if matches!(command, Relayed::Mail(path) if self.check_size(path).is_ok()) {
+                return self.relay(std::slice::from_ref(command));
+            }
         }
         match command {
             Relayed::Mail(path) if self.greeted && self.transaction.is_none() => {

@@ -386,6 +386,10 @@ fn a_mistake_is_one_line_with_key_value_and_remedy() {
             &["relay.destination_primary", "host", "smtp-dup.yaml(5)"],
         ),
         (
+            relay("destination_backups: [\"mx.example.com:25\"]"),
+            &["relay.destination_backups", "mx.example.com:25", "take it out"],
+        ),
+        (
             relay("destination_backups: [\"b.example.com:25\", \"\"]"),
             &["relay.destination_backups", "\"\"", "host:port"],
         ),
