@@ -203,7 +203,7 @@ impl Backup {
             left = left.min(if lingers { LINGER } else { LOOK });
             state.idle += idle;
             state.lingers |= lingers;
-            state.prober = held_until.is_some();
+            state.prober |= held_until.is_some();
             state = self.wake.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
             state.idle -= idle;
             state.lingers &= !lingers;
@@ -244,7 +244,8 @@ impl Backup {
         let mut state = self.state();
         // The last of all that are refused finds nobody at work, and holds the backup.
         let others_work = state.agents - state.refused > 1;
-        if !failure.is_before_mail() || !others_work || state.hold.is_some() {
+        let is_draining = state.alive.is_none();
+        if !failure.is_before_mail() || !others_work || state.hold.is_some() || is_draining {
             return Some(copy);
         }
         copy.attempts -= 1;

@@ -13,6 +13,7 @@ mod ending;
 mod primary;
 mod promises;
 mod receiving;
+mod regressions;
 mod smuggling;
 
 use common::{Client, Dup, Sink};
