@@ -59,6 +59,8 @@ pub struct Backup {
     state: Mutex<State>,
     /// For agents that wait: there is a copy, or the drain begins.
     wake: Condvar,
+    /// For agents that were refused a connection: the drain begins.
+    end: Condvar,
     dsn_missed: AtomicBool,
 }
 
@@ -128,6 +130,7 @@ impl Backup {
             most_agents,
             state: Mutex::new(state),
             wake: Condvar::new(),
+            end: Condvar::new(),
             dsn_missed: AtomicBool::new(false),
         }
     }
@@ -260,7 +263,7 @@ impl Backup {
         while state.alive.is_some()
             && let Some(left) = until.checked_duration_since(Instant::now())
         {
-            state = self.wake.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+            state = self.end.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
         }
         state.refused -= 1;
         None
@@ -326,6 +329,7 @@ impl Backup {
         }
         drop(state);
         self.wake.notify_all();
+        self.end.notify_all();
     }
 
     /// Names every copy that is left.
