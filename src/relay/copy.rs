@@ -103,8 +103,11 @@ impl Copy {
             (_, Some(data)) if accepted > 0 => attempt.verdict = Some(data),
             _ => {}
         }
-        converse(connection, &[("RSET", b"RSET\r\n".to_vec())], shutdown)?;
-        connection.rest();
+        // All has been said about this copy, whatever becomes of the connection now.
+        let reset = converse(connection, &[("RSET", b"RSET\r\n".to_vec())], shutdown);
+        if reset.is_ok_and(|replies| replies.iter().all(|r| r.class() == Class::Success)) {
+            connection.rest();
+        }
         Ok(attempt)
     }
 
@@ -213,9 +216,14 @@ fn converse(
         connection.send(&batch, Step::Command(first), deadline)?;
         for (verb, _) in sent {
             let step = Step::Command(verb);
-            let reply = connection.reply(step, deadline)?;
+            let reply = match connection.reply(step, deadline) {
+                Ok(reply) if reply.code() != 421 => reply,
+                // The refusal of MAIL stands, though the server closes behind it.
+                _ if is_refused(&replies) => return Ok(replies),
+                Ok(reply) => return Err(Failure::Unwelcome(step, reply)),
+                Err(failure) => return Err(failure),
+            };
             match reply.class() {
-                _ if reply.code() == 421 => return Err(Failure::Unwelcome(step, reply)),
                 Class::Success if *verb == "DATA" => {
                     return Err(Failure::Nonsense(step, reply.to_string()));
                 }
@@ -225,11 +233,16 @@ fn converse(
                 _ => replies.push(reply),
             }
         }
-        if replies.first().is_some_and(|mail| mail.class() != Class::Success) {
+        if is_refused(&replies) {
             break;
         }
     }
     Ok(replies)
+}
+
+/// MAIL, the first command, was refused.
+fn is_refused(replies: &[Reply]) -> bool {
+    replies.first().is_some_and(|mail| mail.class() != Class::Success)
 }
 
 /// MAIL's argument with the parameters that the server knows.

@@ -110,10 +110,10 @@ fn promise_5_nobody_smuggles() {
     let dup = Dup::start(&config(sinks[0].addr(), &[sinks[1].addr()], "", ""));
     let mut client = Client::ready(dup.addr());
     let body =
-        b"x\r\n.\nMAIL FROM:<ceo@example.com>\r\nRCPT TO:<v@example.com>\r\nDATA\r\nsmuggled\r\n";
+        b"x\r\n.\ny\n.\r\nMAIL FROM:<ceo@example.com>\r\nRCPT TO:<v@example.com>\r\nDATA\r\nsmuggled\r\n";
     assert_eq!(client.message("a@example.com", &["b@example.com"], body).code, 250);
     for sink in &sinks {
-        let expected = b"x\r\n..\r\nMAIL FROM:<ceo@example.com>\r\nRCPT TO:<v@example.com>\r\nDATA\r\nsmuggled\r\n";
+        let expected = b"x\r\n..\r\ny\r\n..\r\nMAIL FROM:<ceo@example.com>\r\nRCPT TO:<v@example.com>\r\nDATA\r\nsmuggled\r\n";
         assert_eq!(sink.wait(1)[0].data, expected);
     }
     client.expect("VRFY x", 252);

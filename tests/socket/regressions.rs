@@ -338,6 +338,22 @@ fn a_refusal_in_the_middle_of_a_copy_is_the_backups_answer() {
 }
 
 #[test]
+fn a_refusal_before_the_message_stands_though_the_backup_closes_behind_it() {
+    let backup = Sink::replying(|event| match event {
+        Event::Mail(line) if line.contains("<a@") => Action::reply_then_close("554 5.7.1 not you"),
+        _ => Action::Default,
+    });
+    let (_primary, dup) = dup_beside(&backup, "");
+    let mut client = Client::ready(dup.addr());
+    assert_eq!(client.message("a@example.com", &[TO], &numbered(1)).code, 250);
+    assert!(dup.wait_log("554 5.7.1 not you").contains("status=lost"), "{}", dup.log());
+    assert_eq!(client.message("other@example.com", &[TO], &numbered(2)).code, 250);
+    assert_eq!(backup.wait(1)[0].data, numbered(2));
+    assert_eq!(dup.log_lines("is down"), [""; 0]);
+    assert_eq!(backup.count("MAIL"), 2, "one for each message: {:?}", backup.commands());
+}
+
+#[test]
 fn a_quote_that_is_never_closed_is_the_primarys_to_judge() {
     let (primary, dup) = relay();
     let mut client = Client::ready(dup.addr());
