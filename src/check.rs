@@ -1,9 +1,12 @@
 //! `smtp-dup check`: what a person wants to know before mail flows.
 
+use std::sync::Arc;
+use std::time::Duration;
+
 use crate::config::Config;
 use crate::relay::connection::Connection;
 use crate::relay::destination::Destination;
-use crate::shutdown::{Deadline, Shutdown};
+use crate::shutdown::{Deadline, Grace, Shutdown};
 
 /// Connects to each destination and prints what it found. False when the primary failed.
 pub fn run(config: &Config) -> bool {
@@ -15,7 +18,9 @@ pub fn run(config: &Config) -> bool {
 }
 
 fn probe(config: &Config, role: &str, destination: &Destination) -> bool {
-    let shutdown = Shutdown::new(config.limits.connect);
+    // Nobody watches for signals here, so that one ends the program at once.
+    let grace = Grace { transactions: Duration::ZERO, copies: Duration::ZERO };
+    let shutdown = Shutdown::new(grace, Arc::default());
     let deadline = Deadline::of_transaction(config.limits.connect, &shutdown);
     match Connection::open(destination, &config.domain, config.limits, deadline) {
         Ok(connection) => {

@@ -12,6 +12,10 @@ pub struct Arguments {
     #[argh(option, arg_name = "file")]
     pub config: Option<PathBuf>,
 
+    /// user to become, as name or name:group, once the sockets are open; only root can
+    #[argh(option, arg_name = "user")]
+    pub user: Option<String>,
+
     /// print name and version
     #[argh(switch)]
     pub version: bool,
@@ -25,6 +29,7 @@ pub struct Arguments {
 #[argh(subcommand)]
 pub enum Command {
     Check(Check),
+    Inetd(Inetd),
 }
 
 /// Read the configuration, connect to each destination, say EHLO, and print what was found. The
@@ -33,14 +38,19 @@ pub enum Command {
 #[argh(subcommand, name = "check")]
 pub struct Check {}
 
+/// Serve the one client whose connection is standard input, as inetd, spawn(8) and tcpserver start
+/// it. That is found out without this word too; with it, any other standard input is a mistake.
+#[derive(FromArgs, Debug)]
+#[argh(subcommand, name = "inetd")]
+pub struct Inetd {}
+
 impl Arguments {
-    /// Reads the command line.
+    /// Reads the words behind the program's name.
     ///
     /// # Errors
     /// The text to print, and whether it was asked for (`--help`) or is about a mistake.
-    pub fn read(arguments: impl Iterator<Item = String>) -> Result<Arguments, EarlyExit> {
-        let all: Vec<String> = arguments.collect();
-        let rest: Vec<&str> = all.iter().skip(1).map(String::as_str).collect();
-        Arguments::from_args(&["smtp-dup"], &rest)
+    pub fn read(words: &[String]) -> Result<Arguments, EarlyExit> {
+        let words: Vec<&str> = words.iter().map(String::as_str).collect();
+        Arguments::from_args(&["smtp-dup"], &words)
     }
 }

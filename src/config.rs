@@ -7,15 +7,20 @@
 mod setting;
 
 use std::fmt;
+use std::fs::{File, Metadata};
+use std::io::Read;
 use std::net::SocketAddr;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use ipnet::IpNet;
 use log::LevelFilter;
+use nix::unistd::Uid;
 use serde::Deserialize;
 
-use self::setting::{Setting, addresses, domain, level, nearest, network, unknown};
+use self::setting::{Setting, addresses, domain, level, nearest, network, target, unknown};
+use crate::logger::Target;
 use crate::relay::connection::Limits;
 use crate::relay::destination::Destination;
 
@@ -49,6 +54,8 @@ pub struct Config {
     pub backup_connections: usize,
     /// Octets of copies held.
     pub backup_memory: u64,
+    /// Where is logged.
+    pub log_target: Target,
     /// What is logged.
     pub log_level: LevelFilter,
 }
@@ -96,6 +103,7 @@ pub const KEYS: &[Key] = &[
     key("relay.data_timeout_seconds", |d, s| put(&mut d.limits.data, s.seconds())),
     key("relay.backup_connections", |d, s| put(&mut d.backup_connections, s.count(1000))),
     key("relay.backup_memory", |d, s| put(&mut d.backup_memory, s.octets())),
+    key("log.target", |d, s| put(&mut d.log_target, s.text().and_then(target))),
     key("log.level", |d, s| put(&mut d.log_level, s.text().and_then(level))),
 ];
 
@@ -125,6 +133,7 @@ struct Draft {
     limits: Limits,
     backup_connections: usize,
     backup_memory: u64,
+    log_target: Target,
     log_level: LevelFilter,
 }
 
@@ -150,6 +159,7 @@ impl Default for Draft {
             },
             backup_connections: 4,
             backup_memory: 64 * 1024 * 1024,
+            log_target: Target::Auto,
             log_level: LevelFilter::Info,
         }
     }
@@ -157,13 +167,15 @@ impl Default for Draft {
 
 impl Config {
     /// Reads `file`, or the first of [`SEARCH`] that exists, and `environment` over it. Gives the
-    /// configuration and warnings for the log.
+    /// configuration and warnings for the log. The file may belong to root, to whoever runs the
+    /// program, or to `service`, whom it will become.
     ///
     /// # Errors
     /// The first [`Mistake`].
     pub fn load(
         file: Option<&Path>,
         environment: impl Iterator<Item = (String, String)>,
+        service: Option<Uid>,
     ) -> Result<(Config, Vec<String>), Mistake> {
         let mut draft = Draft::default();
         let file = match file {
@@ -171,20 +183,42 @@ impl Config {
             None => SEARCH.iter().map(PathBuf::from).find(|file| file.exists()),
         };
         if let Some(file) = &file {
-            draft.read(file)?;
+            draft.read(file, service)?;
         }
         let warnings = draft.read_environment(environment)?;
         Ok((draft.check()?, warnings))
+    }
+
+    /// No destination may be one of the addresses `own`, where our clients reach us.
+    ///
+    /// # Errors
+    /// The [`Mistake`] in the first that is.
+    pub fn refuse_circles(&self, own: &[SocketAddr]) -> Result<(), Mistake> {
+        let keys = self.backups.iter().map(|backup| ("relay.destination_backups", backup));
+        for (key, destination) in keys.chain([("relay.destination_primary", &self.primary)]) {
+            if let Some(own) = own.iter().find(|listen| is_same(destination, listen)) {
+                return Err(Mistake(format!(
+                    "{key}: \"{destination}\" is our own address {own} (smtp.listen): mail would go in circles; \
+                     write another server's address"
+                )));
+            }
+        }
+        Ok(())
     }
 }
 
 impl Draft {
     /// Takes the settings of a file.
-    fn read(&mut self, file: &Path) -> Result<(), Mistake> {
+    fn read(&mut self, file: &Path, service: Option<Uid>) -> Result<(), Mistake> {
         let name = file.display();
-        let text = std::fs::read_to_string(file).map_err(|error| {
+        let unreadable = |error: std::io::Error| {
             Mistake(format!("{name}: {error}; give a file that can be read with --config FILE"))
-        })?;
+        };
+        let mut open = File::open(file).map_err(unreadable)?;
+        is_trusted(&open.metadata().map_err(unreadable)?, service)
+            .map_err(|what| Mistake(format!("{name}: {what}")))?;
+        let mut text = String::new();
+        open.read_to_string(&mut text).map_err(unreadable)?;
         let text = text.trim_start_matches('\u{feff}');
         if text.lines().all(|line| line.trim().is_empty() || line.trim_start().starts_with('#')) {
             return Ok(());
@@ -251,15 +285,6 @@ impl Draft {
                     .into(),
             ));
         };
-        let keys = self.backups.iter().map(|backup| ("relay.destination_backups", backup));
-        for (key, destination) in keys.chain([("relay.destination_primary", &primary)]) {
-            if let Some(own) = self.listen.iter().find(|listen| is_same(destination, listen)) {
-                return Err(Mistake(format!(
-                    "{key}: \"{destination}\" is our own address {own} (smtp.listen): mail would go in circles; \
-                     write another server's address"
-                )));
-            }
-        }
         if self.backups.contains(&primary) {
             return Err(Mistake(format!(
                 "relay.destination_backups: \"{primary}\" is the primary as well: it would get \
@@ -284,8 +309,30 @@ impl Draft {
             limits: self.limits,
             backup_connections: self.backup_connections,
             backup_memory: self.backup_memory,
+            log_target: self.log_target,
             log_level: self.log_level,
         })
+    }
+}
+
+/// Who can write the configuration decides where all mail goes: that must be no one else.
+fn is_trusted(file: &Metadata, service: Option<Uid>) -> Result<(), String> {
+    let (user, owner) = (Uid::effective(), Uid::from_raw(file.uid()));
+    if !owner.is_root() && owner != user && Some(owner) != service {
+        return Err(format!(
+            "it belongs to user {owner}, who could have all mail sent elsewhere; make it root's: \
+             chown root"
+        ));
+    }
+    // A group of one's own is harmless, but root can have no friends that it does not know.
+    let others = if user.is_root() { 0o022 } else { 0o002 };
+    match file.mode() & others {
+        0 => Ok(()),
+        _ => Err(format!(
+            "others may write it (mode {:04o}), and could have all mail sent elsewhere; \
+             chmod go-w",
+            file.mode() & 0o7777
+        )),
     }
 }
 

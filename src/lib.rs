@@ -3,8 +3,9 @@
 //!
 //! The modules in the order in which a message meets them:
 //!
-//! - [`cli`], [`config`], [`maillog`]: how the program is told what to do, and tells what it did;
-//! - [`launch`]: where connections come from;
+//! - [`cli`], [`config`]: how the program is told what to do;
+//! - [`maillog`], [`logger`]: how it tells what it did, and where;
+//! - [`launch`]: who started it, and where connections come from;
 //! - [`server`]: a worker thread for each, and the end of them all;
 //! - [`smtp`]: the client's side of a session;
 //! - [`relay`]: the primary's side, and the backups;
@@ -17,6 +18,7 @@ pub mod check;
 pub mod cli;
 pub mod config;
 pub mod launch;
+pub mod logger;
 pub mod maillog;
 pub mod message;
 pub mod relay;

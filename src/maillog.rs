@@ -5,9 +5,9 @@
 
 use std::fmt::Display;
 use std::net::SocketAddr;
-use std::time::{Instant, SystemTime};
+use std::time::Instant;
 
-use log::{Level, Log, Metadata, Record, debug, error, info, warn};
+use log::{Level, debug, error, info, log, warn};
 
 use crate::config::Config;
 use crate::message::QueueId;
@@ -16,53 +16,17 @@ use crate::relay::destination::Destination;
 use crate::smtp::envelope::{Envelope, Path};
 use crate::smtp::reply::{Class, Reply};
 
-/// Logs on stderr, at `level` unless RUST_LOG says otherwise.
-pub fn start(level: log::LevelFilter) {
-    let environment = env_logger::Env::default().default_filter_or(level.as_str());
-    let filter = env_logger::Builder::from_env(environment).build();
-    log::set_max_level(filter.filter());
-    // Fails only if there is a logger already, which then is as good.
-    let _ = log::set_boxed_logger(Box::new(Stderr { filter }));
-}
-
-/// Lines on stderr, each in one write(2). Without a lock around it: many threads log at once, and
-/// a short write to a file or pipe is not torn.
-struct Stderr {
-    filter: env_logger::Logger,
-}
-
-impl Log for Stderr {
-    fn enabled(&self, metadata: &Metadata) -> bool {
-        self.filter.enabled(metadata)
-    }
-
-    fn log(&self, record: &Record) {
-        if !self.filter.matches(record) {
-            return;
-        }
-        let time = humantime::format_rfc3339_millis(SystemTime::now());
-        let mark = match record.level() {
-            Level::Error => "error: ",
-            Level::Warn => "warning: ",
-            Level::Info => "",
-            Level::Debug => "debug: ",
-            Level::Trace => "trace: ",
-        };
-        let mut lines = String::new();
-        for line in record.args().to_string().split('\n') {
-            lines.push_str(&format!("{time} {mark}{line}\n"));
-        }
-        let _ = nix::unistd::write(std::io::stderr(), lines.as_bytes());
-    }
-
-    fn flush(&self) {}
+/// The level of the first and the last line: a process for one client is no event.
+fn life(is_for_one: bool) -> Level {
+    if is_for_one { Level::Debug } else { Level::Info }
 }
 
 /// The first line: which program, from where, to where.
-pub fn starting(config: &Config, listen: &[SocketAddr]) {
+pub fn starting(config: &Config, listen: &[SocketAddr], is_for_one: bool) {
     let listen = listen.iter().map(SocketAddr::to_string).collect::<Vec<_>>().join(",");
     let backups = config.backups.iter().map(Destination::to_string).collect::<Vec<_>>().join(",");
-    info!(
+    log!(
+        life(is_for_one),
         "starting smtp-dup {}: listen={listen} destination_primary={} destination_backups={backups}",
         env!("CARGO_PKG_VERSION"),
         config.primary,
@@ -83,14 +47,24 @@ pub fn few_descriptors(needed: u64, limit: u64) {
     );
 }
 
+/// Nobody told it whom to become.
+pub fn runs_as_root() {
+    warn!("running as root, which nothing needs any more; name a user with --user");
+}
+
 /// A signal asked the program to end.
 pub fn stopping(signal: &str) {
     info!("stopping on {signal}");
 }
 
+/// Under master(8): a reload, or the end of master.
+pub fn relieved() {
+    info!("relieved: master(8) has reloaded or ended; finishing what has begun");
+}
+
 /// The last line.
-pub fn stopped() {
-    info!("stopped");
+pub fn stopped(is_for_one: bool) {
+    log!(life(is_for_one), "stopped");
 }
 
 /// A client that may not send.

@@ -1,73 +1,199 @@
 //! Arguments, configuration, start. Exit codes: 0 the end was asked for; 1 something failed; 2 the
 //! command line or the configuration is wrong.
+//!
+//! The order is that of privileges: sockets and configuration are opened as whoever started the
+//! program, then root is given up, and only then is there a second thread or a client's word.
 
 use std::process::ExitCode;
 
+use nix::unistd::{Uid, chdir};
 use smtp_dup::cli::{Arguments, Command};
 use smtp_dup::config::Config;
-use smtp_dup::launch::{listener, signals::Signals};
+use smtp_dup::launch::master::{self, Master, Role};
+use smtp_dup::launch::privileges::{User, confine};
+use smtp_dup::launch::signals::Signals;
+use smtp_dup::launch::{Clients, Launch, listener, systemd};
+use smtp_dup::logger::{self, Place};
+use smtp_dup::message::Scratch;
 use smtp_dup::{check, maillog, server};
 
 const FAILED: u8 = 1;
 const WRONG_USE: u8 = 2;
 
 fn main() -> ExitCode {
-    let words = std::env::args_os().map(|word| word.to_string_lossy().into_owned());
+    let words: Vec<String> =
+        std::env::args_os().skip(1).map(|word| word.to_string_lossy().into_owned()).collect();
+    match Master::found(&words) {
+        Some(master) => under_master(master),
+        None => by_hand(&words),
+    }
+}
+
+/// Started by a person, a supervisor, or a super-server with a client's connection.
+fn by_hand(words: &[String]) -> ExitCode {
     let arguments = match Arguments::read(words) {
-        Ok(arguments) => arguments,
         Err(exit) if exit.status.is_ok() => {
             print!("{}", exit.output);
             return ExitCode::SUCCESS;
         }
-        Err(exit) => {
-            eprintln!(
-                "smtp-dup: {}; see smtp-dup --help",
-                exit.output.trim().trim_end_matches('.')
-            );
-            return ExitCode::from(WRONG_USE);
+        Ok(arguments) if arguments.version => {
+            println!("smtp-dup {}", env!("CARGO_PKG_VERSION"));
+            return ExitCode::SUCCESS;
         }
-    };
-    if arguments.version {
-        println!("smtp-dup {}", env!("CARGO_PKG_VERSION"));
-        return ExitCode::SUCCESS;
-    }
-    let environment = std::env::vars_os()
-        .map(|(k, v)| (k.to_string_lossy().into_owned(), v.to_string_lossy().into_owned()));
-    let (config, warnings) = match Config::load(arguments.config.as_deref(), environment) {
-        Ok(loaded) => loaded,
-        Err(mistake) => {
-            eprintln!("smtp-dup: {mistake}");
-            return ExitCode::from(WRONG_USE);
+        Ok(arguments @ Arguments { command: Some(Command::Check(_)), .. }) => {
+            return check(&arguments);
         }
+        read => read.map_err(|exit| {
+            let what = exit.output.trim().trim_end_matches('.').to_string();
+            format!("{what}; see smtp-dup --help")
+        }),
     };
-    maillog::start(config.log_level);
-    for warning in warnings {
-        maillog::configuration(&warning);
-    }
-    match arguments.command {
-        Some(Command::Check(_)) => match check::run(&config) {
-            true => ExitCode::SUCCESS,
-            false => ExitCode::from(FAILED),
-        },
-        None => serve(&config),
+    // Before anything is said: standard error may lead to a client.
+    let launch = match Launch::find() {
+        Ok(launch) => launch,
+        Err(what) => return refuse(Launch::ALONE, &what),
+    };
+    let loaded = arguments.and_then(|arguments| {
+        if arguments.command.is_some() && !matches!(launch.clients, Some(Clients::One(_))) {
+            return Err("inetd: standard input is no connection of a client; this is for inetd, \
+                        spawn(8) and the like to start"
+                .into());
+        }
+        load(&arguments, &launch)
+    });
+    match loaded {
+        Ok((config, warnings, user)) => {
+            open_log(&config, launch.log, &warnings);
+            ended(serve(&config, launch.clients, user.as_ref()))
+        }
+        Err(what) => refuse(launch, &what),
     }
 }
 
-/// Serves until a signal ends it.
-fn serve(config: &Config) -> ExitCode {
-    let started =
-        Signals::watch().map_err(|error| format!("signals: {error}")).and_then(|signals| {
-            let listeners = listener::bind(&config.listen)?;
-            Ok((signals, listeners))
-        });
-    match started {
-        Ok((signals, listeners)) => {
-            server::run(config, listeners, &signals);
-            ExitCode::SUCCESS
+/// Nothing can be served, and the log is not open yet.
+fn refuse(launch: Launch, why: &str) -> ExitCode {
+    launch.refuse(why);
+    ExitCode::from(WRONG_USE)
+}
+
+/// What is wrong with command line and configuration is found here.
+fn load(
+    arguments: &Arguments,
+    launch: &Launch,
+) -> Result<(Config, Vec<String>, Option<User>), String> {
+    let user = arguments.user.as_deref().map(User::find).transpose()?;
+    let file = arguments.config.as_deref();
+    let (config, warnings) = Config::load(file, environment(), user.as_ref().map(|user| user.uid))
+        .map_err(|mistake| mistake.to_string())?;
+    let addresses = launch.clients.as_ref().map(Clients::addresses);
+    config
+        .refuse_circles(addresses.as_deref().unwrap_or(&config.listen))
+        .map_err(|mistake| mistake.to_string())?;
+    Ok((config, warnings, user))
+}
+
+fn environment() -> impl Iterator<Item = (String, String)> {
+    let text = |octets: std::ffi::OsString| octets.to_string_lossy().into_owned();
+    std::env::vars_os().map(move |(name, value)| (text(name), text(value)))
+}
+
+fn open_log(config: &Config, place: Place, warnings: &[String]) {
+    logger::start(config.log_target.place(place), config.log_level);
+    warnings.iter().for_each(|warning| maillog::configuration(warning));
+}
+
+/// `smtp-dup check`.
+fn check(arguments: &Arguments) -> ExitCode {
+    match load(arguments, &Launch::ALONE) {
+        Ok((config, warnings, _)) => {
+            open_log(&config, Place::Stderr, &warnings);
+            ExitCode::from(if check::run(&config) { 0 } else { FAILED })
         }
+        Err(what) => {
+            eprintln!("smtp-dup: {what}");
+            ExitCode::from(WRONG_USE)
+        }
+    }
+}
+
+/// Serves the clients that came with the start, or else whoever connects.
+fn serve(config: &Config, clients: Option<Clients>, user: Option<&User>) -> Result<(), String> {
+    let clients = match clients {
+        Some(clients) => clients,
+        None => Clients::Many(listener::bind(&config.listen)?),
+    };
+    let prepared = confine(user, None)
+        .and_then(|()| Signals::watch().map_err(|error| format!("signals: {error}")));
+    let signals = match prepared {
+        Ok(signals) => signals,
+        Err(what) => {
+            clients.turn_away();
+            return Err(what);
+        }
+    };
+    if Uid::effective().is_root() {
+        maillog::runs_as_root();
+    }
+    systemd::ready();
+    server::run(config, clients, &signals, None, Scratch::Folder(std::env::temp_dir()))
+        .map_err(|error| format!("signals: {error}"))
+}
+
+/// The exit code, and the last word in the log if something failed.
+fn ended(result: Result<(), String>) -> ExitCode {
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
         Err(what) => {
             maillog::fatal(what);
             ExitCode::from(FAILED)
         }
     }
+}
+
+/// Started by Postfix's master(8): see [`master`].
+fn under_master(master: Result<Master, String>) -> ExitCode {
+    let prepared = master.and_then(prepare);
+    let (master, config) = match prepared {
+        Ok(prepared) => prepared,
+        Err(what) => {
+            Launch { clients: None, log: master::log_place() }.refuse(&what);
+            return ExitCode::from(WRONG_USE);
+        }
+    };
+    let (config, scratch) = config;
+    ended(match master.split() {
+        Ok(Role::Keeper(keeper)) => keeper.watch(),
+        Ok(Role::Child(listeners, tie)) => Signals::watch()
+            .and_then(|signals| {
+                server::run(&config, Clients::Many(listeners), &signals, Some(tie), scratch)
+            })
+            .map_err(|error| format!("signals: {error}")),
+        Err(error) => Err(format!("two processes under master(8): {error}")),
+    })
+}
+
+/// Reads the configuration, opens the log, gives up root: all that must come before [`Master::split`].
+fn prepare(master: Master) -> Result<(Master, (Config, Scratch)), String> {
+    let queue = std::env::current_dir().map_err(|error| format!("current folder: {error}"))?;
+    if let Some(folder) = &master.arguments.directory {
+        chdir(folder)
+            .map_err(|error| format!("directory={}, in master.cf: {error}", folder.display()))?;
+    }
+    let user = User::find(&master.arguments.user())
+        .map_err(|what| format!("user=, in master.cf: {what}"))?;
+    let (mut config, warnings) =
+        Config::load(None, environment(), Some(user.uid)).map_err(|mistake| mistake.to_string())?;
+    let addresses: Vec<_> = master.listeners.iter().filter_map(|l| l.local_addr().ok()).collect();
+    config.refuse_circles(&addresses).map_err(|mistake| mistake.to_string())?;
+    if master.arguments.verbose {
+        config.log_level = config.log_level.max(log::LevelFilter::Debug);
+    }
+    let root = master.arguments.chroot.then_some(queue.as_path());
+    let scratch = match root {
+        Some(root) => Scratch::within(root)?,
+        None => Scratch::Folder(std::env::temp_dir()),
+    };
+    open_log(&config, master::log_place(), &warnings);
+    confine(Some(&user), root)?;
+    Ok((master, (config, scratch)))
 }

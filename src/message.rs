@@ -8,9 +8,12 @@
 use std::fmt;
 use std::fs::File;
 use std::io::{self, Write};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use nix::sys::memfd::{MFdFlags, memfd_create};
 
 use crate::smtp::envelope::Envelope;
 
@@ -46,6 +49,53 @@ impl fmt::Display for QueueId {
     }
 }
 
+/// Where the big bodies lie, in files without a name.
+#[derive(Debug)]
+pub enum Scratch {
+    /// On the file system of this folder.
+    Folder(PathBuf),
+    /// In memory, memfd_create(2): in a chroot that has no folder for them.
+    Memory,
+}
+
+impl Scratch {
+    /// For a process that is going to have `root` for its root: TMPDIR, where it is set, named as
+    /// seen from outside.
+    ///
+    /// # Errors
+    /// A text about a TMPDIR that will not be there.
+    pub fn within(root: &Path) -> Result<Scratch, String> {
+        let Some(folder) = std::env::var_os("TMPDIR").map(PathBuf::from) else {
+            return Ok(Scratch::Memory);
+        };
+        match folder.strip_prefix(root) {
+            Ok(inside) => Ok(Scratch::Folder(Path::new("/").join(inside))),
+            Err(_) => Err(format!(
+                "TMPDIR={} is not below {}, which is all that this service can see: name a folder \
+                 below it, leave TMPDIR unset, or write n for chroot in master.cf",
+                folder.display(),
+                root.display()
+            )),
+        }
+    }
+
+    fn file(&self) -> io::Result<File> {
+        match self {
+            Scratch::Folder(folder) => tempfile::tempfile_in(folder),
+            Scratch::Memory => Ok(memfd_create(c"smtp-dup", MFdFlags::MFD_CLOEXEC)?.into()),
+        }
+    }
+}
+
+impl fmt::Display for Scratch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Scratch::Folder(folder) => write!(f, "{}", folder.display()),
+            Scratch::Memory => f.write_str("memory"),
+        }
+    }
+}
+
 /// The octets that may be held for all backups together: `relay.backup_memory`.
 #[derive(Debug)]
 pub struct Budget {
@@ -53,13 +103,18 @@ pub struct Budget {
     held: AtomicU64,
     most_files: u64,
     files: AtomicU64,
+    scratch: Scratch,
 }
 
 impl Budget {
-    /// A budget of `limit` octets, in memory and in at most `most_files` files.
-    pub fn new(limit: u64, most_files: u64) -> Arc<Budget> {
+    /// A budget of `limit` octets, in memory and in at most `most_files` files in `scratch`.
+    pub fn new(limit: u64, most_files: u64, scratch: Scratch) -> Arc<Budget> {
         let (held, files) = (AtomicU64::new(0), AtomicU64::new(0));
-        Arc::new(Budget { limit, held, most_files, files })
+        Arc::new(Budget { limit, held, most_files, files, scratch })
+    }
+
+    fn failed(&self, error: io::Error) -> NoCopy {
+        NoCopy::TemporaryFile(self.scratch.to_string(), error)
     }
 }
 
@@ -89,7 +144,7 @@ impl Held {
             return Err(NoCopy::TooManyFiles(self.budget.most_files));
         }
         self.files += 1;
-        tempfile::tempfile().map_err(NoCopy::TemporaryFile)
+        self.budget.scratch.file().map_err(|error| self.budget.failed(error))
     }
 }
 
@@ -137,8 +192,8 @@ pub enum NoCopy {
     OverBudget(u64),
     /// So many copies lie in files, and the rest of the descriptors is for connections.
     TooManyFiles(u64),
-    /// The temporary file could not be made or written.
-    TemporaryFile(io::Error),
+    /// The temporary file, in this place, could not be made or written.
+    TemporaryFile(String, io::Error),
 }
 
 impl fmt::Display for NoCopy {
@@ -150,9 +205,7 @@ impl fmt::Display for NoCopy {
             NoCopy::TooManyFiles(most) => {
                 write!(f, "copies held use all {most} files that the limit on open files leaves")
             }
-            NoCopy::TemporaryFile(error) => {
-                write!(f, "temporary file in {}: {error}", std::env::temp_dir().display())
-            }
+            NoCopy::TemporaryFile(place, error) => write!(f, "temporary file in {place}: {error}"),
         }
     }
 }
@@ -225,7 +278,7 @@ impl Kept {
             Some(file) => file,
             None => self.file.insert((self.held.open_file()?, 0)),
         };
-        file.write_all(octets).map_err(NoCopy::TemporaryFile)?;
+        file.write_all(octets).map_err(|error| self.held.budget.failed(error))?;
         *length += octets.len() as u64;
         Ok(())
     }

@@ -2,13 +2,16 @@
 //!
 //! Two nested scopes hold all threads: the delivery agents in the outer, the workers in the inner.
 //! When a signal comes the listeners are closed; the inner scope joins, which is every session's
-//! end; then the agents drain, and the outer scope joins.
+//! end; then the agents drain, and the outer scope joins. A process for one client has no workers:
+//! its session is served where the inner scope would be.
 
 use std::collections::VecDeque;
+use std::io;
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, Builder, Scope};
 use std::time::{Duration, Instant};
 
@@ -18,16 +21,17 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::buffers::Buffers;
 use crate::config::Config;
-use crate::launch::descriptors;
+use crate::launch::master::Tie;
 use crate::launch::signals::Signals;
+use crate::launch::{Clients, descriptors, systemd};
 use crate::maillog;
-use crate::message::Budget;
+use crate::message::{Budget, Scratch};
 use crate::relay::agent::{Agents, STACK};
-use crate::relay::backup::Backup;
+use crate::relay::backup::{Backup, Plan};
 use crate::relay::connection::prepare;
 use crate::relay::pool::Pool;
 use crate::relay::primary::stopping;
-use crate::shutdown::Shutdown;
+use crate::shutdown::{Grace, Shutdown};
 use crate::smtp::reply::Reply;
 use crate::smtp::session::{Session, Shared};
 
@@ -38,26 +42,37 @@ const WORKER_WAIT: Duration = Duration::from_secs(5);
 /// How long accept(2) is left alone after it failed, mostly for want of descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
 
-/// Serves on `listeners` until a signal comes, then ends as smtp-dup(8) says under SIGNALS.
-pub fn run(config: &Config, listeners: Vec<TcpListener>, signals: &Signals) {
-    let shutdown = Shutdown::new(config.limits.connect);
+/// Serves `clients` and ends as smtp-dup(8) says under SIGNALS. Big bodies lie in `scratch`; `tie`
+/// is there when a keeper watches over this process, see [`crate::launch::master`].
+///
+/// # Errors
+/// Those of socketpair(2), before anything was served.
+pub fn run(
+    config: &Config,
+    clients: Clients,
+    signals: &Signals,
+    tie: Option<Tie>,
+    scratch: Scratch,
+) -> io::Result<()> {
+    let is_one = matches!(clients, Clients::One(_));
+    let limit = config.limits.connect;
+    // Nobody comes back to copies whose process was for one client: they get their time at once.
+    let grace = Grace { transactions: limit, copies: if is_one { 2 * limit } else { limit } };
+    let shutdown = Shutdown::new(grace, Arc::clone(&signals.asked));
     let primary = Pool::new(config.primary.clone(), config.domain.clone(), config.limits);
     let (alive, all_ended) = bounded(0);
-    let backup = |to: &_| {
-        Backup::new(
-            Clone::clone(to),
-            config.domain.clone(),
-            config.limits,
-            config.backup_connections,
-            &alive,
-        )
+    let plan = Plan {
+        domain: config.domain.clone(),
+        limits: config.limits,
+        most_agents: config.backup_connections,
+        tries_again: !is_one,
     };
-    let backups: Vec<Backup> = config.backups.iter().map(backup).collect();
+    let backups: Vec<Backup> =
+        config.backups.iter().map(|to| Backup::new(to.clone(), plan.clone(), &alive)).collect();
     drop(alive);
 
-    let addresses: Vec<SocketAddr> =
-        listeners.iter().filter_map(|listener| listener.local_addr().ok()).collect();
-    maillog::starting(config, &addresses);
+    let addresses = clients.addresses();
+    maillog::starting(config, &addresses, is_one);
     let files = descriptors::for_copies(config).unwrap_or_else(|(needed, limit)| {
         maillog::few_descriptors(needed, limit);
         0
@@ -70,30 +85,85 @@ pub fn run(config: &Config, listeners: Vec<TcpListener>, signals: &Signals) {
             max_recipients: config.max_recipients,
             timeout: config.timeout,
             primary: &primary,
-            budget: &Budget::new(config.backup_memory, files),
+            budget: &Budget::new(config.backup_memory, files, scratch),
             buffers: &Buffers::default(),
             shutdown: &shutdown,
         };
-        let workers = Workers {
-            shared: &shared,
-            agents: &agents,
-            most: config.max_connections,
-            desk: Mutex::default(),
-        };
-        thread::scope(|inner| workers.accept(inner, listeners, &config.allowed_clients, signals));
+        let door = Door { allowed: &config.allowed_clients, shared: &shared, agents: &agents };
+        match clients {
+            Clients::One(stream) => door.serve_one(stream),
+            Clients::Many(listeners) => {
+                let workers =
+                    Workers { door, most: config.max_connections, desk: Mutex::default() };
+                let bell = signals.bell()?;
+                let wakers = Wakers { signals, bell, tie };
+                thread::scope(|inner| workers.accept(inner, listeners, wakers));
+            }
+        }
         if !agents.drain(&all_ended) {
             // An agent hangs where no time limit reaches; its copy has been named.
-            maillog::stopped();
+            maillog::stopped(is_one);
             std::process::exit(0);
         }
-    });
-    maillog::stopped();
+        io::Result::Ok(())
+    })?;
+    maillog::stopped(is_one);
+    Ok(())
+}
+
+/// Who may come in, and what each client gets.
+struct Door<'a, 'agents, 'env> {
+    allowed: &'a [IpNet],
+    shared: &'a Shared<'a>,
+    agents: &'a Agents<'agents, 'env>,
+}
+
+impl Door<'_, '_, '_> {
+    /// The address of a client that may come in; the others hear why not. IPv4 in IPv6's clothes
+    /// is IPv4.
+    fn admits(&self, stream: &TcpStream, address: SocketAddr) -> Option<SocketAddr> {
+        let ip = address.ip().to_canonical();
+        let address = SocketAddr::new(ip, address.port());
+        if self.allowed.iter().any(|network| network.contains(&ip)) {
+            return Some(address);
+        }
+        maillog::client_denied(address);
+        let text = format!("{ip} is not in smtp.allowed_clients of {}", self.shared.domain);
+        reject(stream, &Reply::new(421, "4.7.1", &text));
+        None
+    }
+
+    /// Serves a client on this thread. A panic ends its session alone.
+    fn serve(&self, stream: TcpStream, address: SocketAddr) {
+        if prepare(&stream).is_err() {
+            return;
+        }
+        let session = Session::new(stream, address, self.shared, self.agents);
+        if catch_unwind(AssertUnwindSafe(|| session.serve())).is_err() {
+            maillog::panicked(&format!("client={address}"));
+        }
+    }
+
+    /// Serves the only client there is. One that has gone again has no address.
+    fn serve_one(&self, stream: TcpStream) {
+        if let Ok(address) = stream.peer_addr()
+            && let Some(address) = self.admits(&stream, address)
+        {
+            self.serve(stream, address);
+        }
+    }
+}
+
+/// What ends the accepting.
+struct Wakers<'a> {
+    signals: &'a Signals,
+    bell: UnixStream,
+    tie: Option<Tie>,
 }
 
 /// The worker threads, and the clients that wait for one.
 struct Workers<'a, 'agents, 'env> {
-    shared: &'a Shared<'a>,
-    agents: &'a Agents<'agents, 'env>,
+    door: Door<'a, 'agents, 'env>,
     most: usize,
     desk: Mutex<Desk>,
 }
@@ -113,40 +183,43 @@ struct Guest {
     until: Instant,
 }
 
-impl<'a> Workers<'a, '_, '_> {
-    /// Accepts until a signal comes; the listeners are closed then.
+impl Workers<'_, '_, '_> {
+    /// Accepts until a signal comes or the keeper goes; the listeners are closed then.
     fn accept<'scope>(
         &'scope self,
         scope: &'scope Scope<'scope, '_>,
         listeners: Vec<TcpListener>,
-        allowed: &[IpNet],
-        signals: &Signals,
+        wakers: Wakers,
     ) {
+        let Wakers { signals, bell, tie } = wakers;
+        let shared = self.door.shared;
         let mut pause = None;
-        loop {
-            let wake = [self.turn_away_late(), self.shared.primary.reap(), pause]
-                .into_iter()
-                .flatten()
-                .min();
-            let mut fds = vec![PollFd::new(signals.as_fd(), PollFlags::POLLIN)];
+        let is_relieved = loop {
+            let wake =
+                [self.turn_away_late(), shared.primary.reap(), pause].into_iter().flatten().min();
+            let watch = |fd| PollFd::new(fd, PollFlags::POLLIN);
+            let mut fds = vec![watch(bell.as_fd())];
+            fds.extend(tie.iter().map(|tie| watch(tie.as_fd())));
+            let before = fds.len();
             if pause.take().is_none() {
-                fds.extend(
-                    listeners
-                        .iter()
-                        .map(|listener| PollFd::new(listener.as_fd(), PollFlags::POLLIN)),
-                );
+                fds.extend(listeners.iter().map(|listener| watch(listener.as_fd())));
+            }
+            // A signal that came before there was a bell rings none.
+            if signals.came() {
+                break false;
             }
             // A failing poll(2) is an interrupted one: the descriptors are ours.
             if poll(&mut fds, timeout(wake)).is_err() {
                 continue;
             }
-            if fds[0].any() == Some(true) {
-                break;
+            let ready: Vec<bool> = fds.iter().map(|fd| fd.any() == Some(true)).collect();
+            if ready[..before].contains(&true) {
+                break !signals.came();
             }
-            let ready: Vec<bool> = fds[1..].iter().map(|fd| fd.any() == Some(true)).collect();
-            for (listener, _) in listeners.iter().zip(ready).filter(|(_, ready)| *ready) {
+            for (listener, _) in listeners.iter().zip(&ready[before..]).filter(|(_, ready)| **ready)
+            {
                 match listener.accept() {
-                    Ok((stream, address)) => self.admit(scope, stream, address, allowed),
+                    Ok((stream, address)) => self.admit(scope, stream, address),
                     Err(error) if is_passing(&error) => {}
                     Err(error) => {
                         maillog::accept_failed(&error);
@@ -154,10 +227,17 @@ impl<'a> Workers<'a, '_, '_> {
                     }
                 }
             }
-        }
+        };
         drop(listeners);
+        if is_relieved {
+            maillog::relieved();
+            return shared.shutdown.relieve();
+        }
         maillog::stopping(signals.name());
-        self.shared.shutdown.begin();
+        systemd::stopping();
+        if let Some(tie) = tie {
+            tie.let_go();
+        }
         for guest in self.desk().waiting.drain(..) {
             reject(&guest.stream, &stopping());
         }
@@ -169,15 +249,8 @@ impl<'a> Workers<'a, '_, '_> {
         scope: &'scope Scope<'scope, '_>,
         stream: TcpStream,
         address: SocketAddr,
-        allowed: &[IpNet],
     ) {
-        let ip = address.ip().to_canonical();
-        let address = SocketAddr::new(ip, address.port());
-        if !allowed.iter().any(|network| network.contains(&ip)) {
-            maillog::client_denied(address);
-            let text = format!("{ip} is not in smtp.allowed_clients of {}", self.shared.domain);
-            return reject(&stream, &Reply::new(421, "4.7.1", &text));
-        }
+        let Some(address) = self.door.admits(&stream, address) else { return };
         let guest = Guest { stream, address, until: Instant::now() + WORKER_WAIT };
         let mut desk = self.desk();
         if desk.waiting.len() >= self.most {
@@ -196,7 +269,7 @@ impl<'a> Workers<'a, '_, '_> {
     fn start<'scope>(&'scope self, scope: &'scope Scope<'scope, '_>) {
         let work = move || {
             while let Some(guest) = self.next_guest() {
-                self.serve(guest);
+                self.door.serve(guest.stream, guest.address);
             }
         };
         if let Err(error) =
@@ -208,17 +281,6 @@ impl<'a> Workers<'a, '_, '_> {
             if let Some(guest) = desk.waiting.pop_back() {
                 reject(&guest.stream, &Reply::new(421, "4.3.2", "out of threads; try again later"));
             }
-        }
-    }
-
-    /// Serves one client. A panic ends its session alone.
-    fn serve(&self, guest: Guest) {
-        if prepare(&guest.stream).is_err() {
-            return;
-        }
-        let session = Session::new(guest.stream, guest.address, self.shared, self.agents);
-        if catch_unwind(AssertUnwindSafe(|| session.serve())).is_err() {
-            maillog::panicked(&format!("client={}", guest.address));
         }
     }
 

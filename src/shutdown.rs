@@ -1,48 +1,75 @@
 //! When the program has to end, and how long each wait may still last.
 //!
-//! `server` calls [`Shutdown::begin`] when a signal came and [`Shutdown::drain`] when the last
-//! session has ended; everybody who waits for a peer holds a [`Deadline`], which looks here at
-//! every tick of its socket.
+//! A signal sets the flag that [`Shutdown::new`] is given, wherever the program is just then, and
+//! `server` calls [`Shutdown::drain`] when the last session has ended; everybody who waits for a
+//! peer holds a [`Deadline`], which looks here at every tick of its socket.
 
-use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 /// How often a wait on a socket of ours wakes up to look at the clock: SO_RCVTIMEO and
 /// SO_SNDTIMEO of every connection.
 pub const TICK: Duration = Duration::from_secs(1);
 
-/// The two steps of ending, each with its time. Shared by all threads.
+/// The steps of ending, each with its time. Shared by all threads.
 #[derive(Debug)]
 pub struct Shutdown {
-    grace: Duration,
+    /// A signal has asked for the end.
+    asked: Arc<AtomicBool>,
+    /// Nobody new comes here any more, for a successor serves; those who are here may finish.
+    relieved: AtomicBool,
+    grace: Grace,
     transactions_until: OnceLock<Instant>,
     copies_until: OnceLock<Instant>,
 }
 
+/// How long the steps of ending last at most.
+#[derive(Debug, Clone, Copy)]
+pub struct Grace {
+    /// A transaction before its final dot.
+    pub transactions: Duration,
+    /// The copies that are left when the last session has ended.
+    pub copies: Duration,
+}
+
 impl Shutdown {
-    /// Not ending yet. Each of the two steps will last `grace` at most.
-    pub fn new(grace: Duration) -> Shutdown {
-        Shutdown { grace, transactions_until: OnceLock::new(), copies_until: OnceLock::new() }
+    /// Not ending yet; `asked` becomes true when a signal comes.
+    pub fn new(grace: Grace, asked: Arc<AtomicBool>) -> Shutdown {
+        Shutdown {
+            asked,
+            relieved: AtomicBool::new(false),
+            grace,
+            transactions_until: OnceLock::new(),
+            copies_until: OnceLock::new(),
+        }
     }
 
-    /// From now on no session is begun, and transactions end within the grace.
-    pub fn begin(&self) {
-        let _ = self.transactions_until.set(Instant::now() + self.grace);
+    /// The end of all transactions, if the program was asked to end: from the moment on at which
+    /// anybody sees it first.
+    fn transactions_until(&self) -> Option<Instant> {
+        let asked = self.asked.load(Ordering::Relaxed);
+        asked.then(|| {
+            *self.transactions_until.get_or_init(|| Instant::now() + self.grace.transactions)
+        })
     }
 
-    /// True once the ending has begun.
-    pub fn has_begun(&self) -> bool {
-        self.transactions_until.get().is_some()
+    /// A successor serves from now on: sessions may finish their mail, without haste.
+    pub fn relieve(&self) {
+        self.relieved.store(true, Ordering::Relaxed);
+    }
+
+    /// A client without a transaction has to go: no transaction is begun any more. One that is
+    /// relieved lets a client go only right `behind_a_message`, where Postfix looks whether the
+    /// connection is still good before it sends the next; elsewhere a 421 would defer its mail.
+    pub fn dismisses(&self, behind_a_message: bool) -> bool {
+        self.asked.load(Ordering::Relaxed)
+            || behind_a_message && self.relieved.load(Ordering::Relaxed)
     }
 
     /// From now on the copies drain, within the grace. Gives the end of it.
     pub fn drain(&self) -> Instant {
-        *self.copies_until.get_or_init(|| Instant::now() + self.grace)
-    }
-
-    /// True once the copies drain.
-    pub fn is_draining(&self) -> bool {
-        self.copies_until.get().is_some()
+        *self.copies_until.get_or_init(|| Instant::now() + self.grace.copies)
     }
 }
 
@@ -100,13 +127,13 @@ impl<'a> Deadline<'a> {
         let now = Instant::now();
         let end = match self.cut {
             Cut::Never => None,
-            Cut::Transactions(shutdown) => shutdown.transactions_until.get(),
-            Cut::Copies(shutdown) => shutdown.copies_until.get(),
+            Cut::Transactions(shutdown) => shutdown.transactions_until(),
+            Cut::Copies(shutdown) => shutdown.copies_until.get().copied(),
         };
         match (end, self.at.checked_duration_since(now)) {
-            (Some(&end), _) if end <= now => Err(Expired::Stopping),
+            (Some(end), _) if end <= now => Err(Expired::Stopping),
             (_, None | Some(Duration::ZERO)) => Err(Expired::TimedOut),
-            (Some(&end), Some(left)) => Ok(left.min(end - now)),
+            (Some(end), Some(left)) => Ok(left.min(end - now)),
             (None, Some(left)) => Ok(left),
         }
     }

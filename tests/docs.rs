@@ -59,7 +59,7 @@ fn load(yaml: &str, environment: &[(&str, &str)]) -> Result<Config, String> {
     let mut file = tempfile::NamedTempFile::new().expect("a temporary file");
     file.write_all(yaml.as_bytes()).expect("writable");
     let owned = |&(name, value): &(&str, &str)| (name.to_string(), value.to_string());
-    let loaded = Config::load(Some(file.path()), environment.iter().map(owned));
+    let loaded = Config::load(Some(file.path()), environment.iter().map(owned), None);
     loaded.map(|(config, _)| config).map_err(|mistake| mistake.to_string())
 }
 

@@ -11,6 +11,7 @@ use ipnet::IpNet;
 use log::LevelFilter;
 use serde::Deserialize;
 
+use crate::logger::Target;
 use crate::relay::destination::{Destination, port_number};
 
 /// A value as it stands in the file, or in a variable.
@@ -227,6 +228,15 @@ pub fn level(text: &str) -> Result<LevelFilter, String> {
     let word = if text.eq_ignore_ascii_case("warning") { "warn" } else { text };
     word.parse()
         .map_err(|_| format!("\"{text}\" is not a level; write error, warn, info, debug or trace"))
+}
+
+pub fn target(text: &str) -> Result<Target, String> {
+    match text.to_ascii_lowercase().as_str() {
+        "auto" => Ok(Target::Auto),
+        "stderr" => Ok(Target::Stderr),
+        "syslog" => Ok(Target::Syslog),
+        _ => Err(format!("\"{text}\" is no place to log to; write auto, stderr or syslog")),
+    }
 }
 
 /// What to say of a key that is not known.

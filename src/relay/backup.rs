@@ -49,13 +49,25 @@ const LONGEST_HOLD: Duration = Duration::from_secs(300);
 /// The longest pause of a copy that is deferred for itself.
 const LONGEST_DEFERRAL: Duration = Duration::from_secs(3600);
 
+/// How backups are served.
+#[derive(Debug, Clone)]
+pub struct Plan {
+    /// Our name in EHLO.
+    pub domain: String,
+    /// Time limits of each step.
+    pub limits: Limits,
+    /// Connections to one backup at once.
+    pub most_agents: usize,
+    /// What failed is tried again. Else each copy gets one attempt, and none after the backup has
+    /// failed as a whole: the process is not there for longer than its client.
+    pub tries_again: bool,
+}
+
 /// One backup. Shared by workers and agents.
 pub struct Backup {
     /// The server.
     pub destination: Destination,
-    domain: String,
-    limits: Limits,
-    most_agents: usize,
+    plan: Plan,
     state: Mutex<State>,
     /// For agents that wait: there is a copy, or the drain begins.
     wake: Condvar,
@@ -74,6 +86,8 @@ struct State {
     /// Being sent at this moment.
     in_flight: Vec<QueueId>,
     hold: Option<Hold>,
+    /// It failed as a whole, and nothing is tried again: why.
+    given_up: Option<String>,
     agents: usize,
     /// Agents that wait for a copy.
     idle: usize,
@@ -102,19 +116,14 @@ pub struct Leave {
 
 impl Backup {
     /// A backup that gets copies from now on. `alive` is cloned for each agent.
-    pub fn new(
-        destination: Destination,
-        domain: String,
-        limits: Limits,
-        most_agents: usize,
-        alive: &Sender<()>,
-    ) -> Backup {
+    pub fn new(destination: Destination, plan: Plan, alive: &Sender<()>) -> Backup {
         let state = State {
             queue: VecDeque::new(),
             deferred: BTreeMap::new(),
             serial: 0,
             in_flight: Vec::new(),
             hold: None,
+            given_up: None,
             agents: 0,
             idle: 0,
             lingers: false,
@@ -125,9 +134,7 @@ impl Backup {
         };
         Backup {
             destination,
-            domain,
-            limits,
-            most_agents,
+            plan,
             state: Mutex::new(state),
             wake: Condvar::new(),
             end: Condvar::new(),
@@ -138,6 +145,10 @@ impl Backup {
     /// Takes a copy into the queue. As [`Backup::recruit`].
     pub fn enqueue(&self, copy: Copy) -> Option<Leave> {
         let mut state = self.state();
+        if let Some(why) = &state.given_up {
+            maillog::copy_lost(copy.message.id, &self.destination, why);
+            return None;
+        }
         state.queue.push_back(copy);
         let backlog = state.queue.len();
         if state.idle == 0 {
@@ -160,7 +171,7 @@ impl Backup {
         let wanted = match state.agents {
             0 => true,
             _ if state.hold.is_some() || state.queue.is_empty() => false,
-            agents => state.idle == 0 && agents < self.most_agents,
+            agents => state.idle == 0 && agents < self.plan.most_agents,
         };
         let alive = state.alive.clone().filter(|_| wanted)?;
         state.agents += 1;
@@ -219,8 +230,9 @@ impl Backup {
     /// # Errors
     /// As [`Connection::open`].
     pub fn connect(&self, shutdown: &Shutdown) -> Result<Connection, Failure> {
-        let deadline = Deadline::of_copy(self.limits.connect, shutdown);
-        let connection = Connection::open(&self.destination, &self.domain, self.limits, deadline)?;
+        let Plan { domain, limits, .. } = &self.plan;
+        let deadline = Deadline::of_copy(limits.connect, shutdown);
+        let connection = Connection::open(&self.destination, domain, *limits, deadline)?;
         if !connection.features().dsn && !self.dsn_missed.swap(true, Ordering::Relaxed) {
             maillog::backup_without_dsn(&self.destination);
         }
@@ -272,6 +284,9 @@ impl Backup {
     /// The backup failed: all its copies wait. This one may be the reason, and waits for itself as
     /// well.
     pub fn hold(&self, copy: Copy, failure: &Failure) {
+        if !self.plan.tries_again {
+            return self.give_up(&copy, failure);
+        }
         let now = Instant::now();
         let mut state = self.state();
         let before = state.hold.as_ref().map(|hold| (hold.until, hold.pause));
@@ -295,8 +310,27 @@ impl Backup {
         state.defer(copy, until);
     }
 
+    /// The backup failed, and nothing is tried again: this copy is lost, and all that wait for it.
+    fn give_up(&self, copy: &Copy, failure: &Failure) {
+        let mut state = self.state();
+        state.landed(copy);
+        let why = failure.to_string();
+        if state.given_up.is_none() {
+            maillog::backup_down(&self.destination, &why);
+        }
+        let queue = std::mem::take(&mut state.queue);
+        for id in queue.iter().map(|copy| copy.message.id).chain([copy.message.id]) {
+            maillog::copy_lost(id, &self.destination, &why);
+        }
+        state.given_up = Some(why);
+    }
+
     /// The backup deferred this copy, or some of its recipients: those wait for themselves.
     pub fn defer(&self, copy: Copy, why: &str) {
+        if !self.plan.tries_again {
+            self.state().landed(&copy);
+            return maillog::copy_lost(copy.message.id, &self.destination, why);
+        }
         let until = Instant::now() + own_pause(&copy, LONGEST_DEFERRAL);
         self.log_deferred(&copy, until, why);
         self.state().defer(copy, until);

@@ -59,6 +59,8 @@ pub struct Session<'a, 'scope, 'env> {
     /// EHLO or HELO was accepted.
     greeted: bool,
     transaction: Option<Transaction>,
+    /// The last that the client did was to send a message.
+    behind_a_message: bool,
     /// The primary refused the last MAIL: what the client had sent behind it is no mistake.
     mail_refused: bool,
     errors: u32,
@@ -103,6 +105,7 @@ impl<'a, 'scope, 'env> Session<'a, 'scope, 'env> {
             primary: Primary::new(shared.primary, shared.shutdown, shared.max_message_size),
             greeted: false,
             transaction: None,
+            behind_a_message: false,
             mail_refused: false,
             errors: 0,
         }
@@ -156,7 +159,7 @@ impl<'a, 'scope, 'env> Session<'a, 'scope, 'env> {
         let deadline = Deadline::of_transaction(self.shared.timeout, self.shared.shutdown);
         loop {
             // Before each read: a client that never falls silent must hear of it too.
-            if self.transaction.is_none() && self.shared.shutdown.has_begun() {
+            if self.transaction.is_none() && self.shared.shutdown.dismisses(self.behind_a_message) {
                 return self.close(&stopping());
             }
             if let Err(expired) = deadline.left() {
@@ -213,6 +216,7 @@ impl<'a, 'scope, 'env> Session<'a, 'scope, 'env> {
     /// Sends a run of commands to the primary and passes its replies on.
     fn relay(&mut self, run: &[Relayed]) -> Result<(), End> {
         self.errors = 0;
+        self.behind_a_message = false;
         if let Err(reply) = self.primary.send(run) {
             return self.close(&reply);
         }
@@ -287,6 +291,7 @@ impl<'a, 'scope, 'env> Session<'a, 'scope, 'env> {
 
     /// Answers a command that does not go to the primary, or not in this state.
     fn answer(&mut self, command: Result<Command, Malformed>) -> Result<(), End> {
+        self.behind_a_message = false;
         let reply = match command {
             Err(Malformed::Unknown) => {
                 return self.mistake(Reply::new(500, "5.5.2", "command unknown"));

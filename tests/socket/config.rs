@@ -331,7 +331,10 @@ fn a_mistake_is_one_line_with_key_value_and_remedy() {
         (relay("retry_for_seconds: 5"), &["relay.retry_for_seconds"]),
         (smtp("tls_certificate: /etc/cert.pem"), &["smtp.tls_certificate"]),
         (smtp("tls_key: /etc/key.pem"), &["smtp.tls_key"]),
-        (format!("{}log:\n  target: syslog\n", smtp("")), &["log.target", "smtp-dup.yaml(5)"]),
+        (
+            format!("{}log:\n  target: file\n", smtp("")),
+            &["log.target", "file", "stderr or syslog"],
+        ),
         (
             relay("destination_backups:\n- address: b:25\n  tls: required"),
             &["relay.destination_backups", "tls", "smtp-dup.yaml(5)"],

@@ -148,7 +148,7 @@ fn promise_6_no_backscatter() {
     deliver(&mut client);
     backup.wait(2);
     plain.wait(2);
-    let warning = dup.wait_log("warning: ");
+    let warning = dup.wait_log("warning: relay=");
     assert!(warning.contains(&plain.addr().to_string()) && warning.contains("DSN"), "{warning}");
 }
 

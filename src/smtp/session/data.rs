@@ -52,6 +52,7 @@ impl Session<'_, '_, '_> {
             return self.close(&reply);
         }
         self.client.say(&reply);
+        self.behind_a_message = true;
         Ok(())
     }
 

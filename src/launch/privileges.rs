@@ -1,0 +1,76 @@
+//! Giving up root, and the rest of the file system.
+//!
+//! `main` calls [`confine`] once, when everything that needs root is open and before there is any
+//! thread.
+
+use std::ffi::CString;
+use std::path::Path;
+
+use nix::unistd::{Gid, Group, Uid, User as Entry, chdir, chroot, initgroups, setgid, setuid};
+
+/// A user to become, who is not root.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct User {
+    /// Its number.
+    pub uid: Uid,
+    gid: Gid,
+    name: String,
+}
+
+impl User {
+    /// Looks up `name` or `name:group`, as spawn(8) and pipe(8) write it. Without a group it is
+    /// the user's own.
+    ///
+    /// # Errors
+    /// A text that says what is wrong and what to do.
+    pub fn find(text: &str) -> Result<User, String> {
+        let (name, group) = match text.split_once(':') {
+            Some((name, group)) => (name, Some(group)),
+            None => (text, None),
+        };
+        let entry = Entry::from_name(name)
+            .map_err(|error| format!("user {name}: {error}"))?
+            .ok_or_else(|| format!("user {name} does not exist; create it or name another"))?;
+        let gid = match group {
+            None => entry.gid,
+            Some(group) => {
+                Group::from_name(group)
+                    .map_err(|error| format!("group {group}: {error}"))?
+                    .ok_or_else(|| format!("group {group} does not exist; create it"))?
+                    .gid
+            }
+        };
+        if entry.uid.is_root() {
+            return Err(format!("user {name} is root; name a user without privileges"));
+        }
+        Ok(User { uid: entry.uid, gid, name: name.into() })
+    }
+}
+
+/// Becomes `user` for good, with its supplementary groups, within `root` if there is one. Someone
+/// who is that user already stays it.
+///
+/// # Errors
+/// A text that says which step failed.
+pub fn confine(user: Option<&User>, root: Option<&Path>) -> Result<(), String> {
+    let is_already = user.is_none_or(|user| user.uid == Uid::effective());
+    if let Some(user) = user.filter(|_| !is_already) {
+        let name = CString::new(user.name.as_str()).map_err(|error| error.to_string())?;
+        // Before chroot, which hides the group file.
+        initgroups(&name, user.gid).map_err(|error| failed(user, "initgroups", error))?;
+    }
+    if let Some(root) = root {
+        let failed = |step: &str, error| format!("{step} {}: {error}", root.display());
+        chroot(root).map_err(|error| failed("chroot", error))?;
+        chdir("/").map_err(|error| failed("chdir to / in", error))?;
+    }
+    if let Some(user) = user.filter(|_| !is_already) {
+        setgid(user.gid).map_err(|error| failed(user, "setgid", error))?;
+        setuid(user.uid).map_err(|error| failed(user, "setuid", error))?;
+    }
+    Ok(())
+}
+
+fn failed(user: &User, step: &str, error: nix::Error) -> String {
+    format!("cannot become user {}: {step}: {error}; only root can change the user", user.name)
+}
