@@ -1,18 +1,21 @@
 //! Where log lines go: stderr, the journal, syslog, or the postlogd(8) of a Postfix.
 //!
 //! `main` calls [`start`] once, as soon as it knows the place; `maillog` writes the lines through
-//! the `log` crate. Logging never holds up mail: a datagram that nobody takes is dropped, and the
-//! next line that goes out says how many were.
+//! the `log` crate. Logging never holds up mail: datagrams that are not taken at once wait in
+//! memory, those that find no room there are lost, and the next line says how many were.
 
+use std::collections::VecDeque;
 use std::io::{self, ErrorKind, IsTerminal};
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixDatagram;
 use std::panic::{self, PanicHookInfo};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
-use std::time::SystemTime;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::Builder;
+use std::time::{Duration, SystemTime};
 
 use log::{Level, LevelFilter, Log, Metadata, Record, error};
+use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::stat::fstat;
 
 /// The socket of the system's log.
@@ -23,6 +26,12 @@ const MAIL: u8 = 2 << 3;
 
 /// A datagram is cut to so many octets, which every receiver takes.
 const MAX_DATAGRAM: usize = 8000;
+
+/// As much may wait for a receiver that is full, in octets.
+const MAX_WAITING: usize = 1 << 20;
+
+/// How long the end of the program waits for lines that wait.
+const LAST_WAIT: Duration = Duration::from_secs(1);
 
 /// `log.target`: what the configuration says about the place.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -103,7 +112,11 @@ impl Log for Logger {
         }
     }
 
-    fn flush(&self) {}
+    fn flush(&self) {
+        if let Sink::Datagrams(datagrams) = &self.sink {
+            datagrams.flush();
+        }
+    }
 }
 
 /// An open [`Place`].
@@ -114,7 +127,7 @@ enum Sink {
     /// The same for systemd's journal, which knows the time and wants the priority (sd-daemon(3)).
     Journal,
     /// A datagram a line.
-    Datagrams(Datagrams),
+    Datagrams(Arc<Datagrams>),
 }
 
 impl Sink {
@@ -204,52 +217,129 @@ impl Header {
 
 /// A datagram socket that is connected again when its peer was started anew. It was opened before
 /// any chroot, behind which the path may lead nowhere.
+///
+/// Receivers hold few datagrams (net.unix.max_dgram_qlen is 10 on some systems), so that a burst
+/// of mail fills them. What does not go out at once waits in memory, and while anything does, a
+/// thread sees to it; in quiet times there is none.
 struct Datagrams {
     path: PathBuf,
     header: Header,
-    socket: Mutex<Option<UnixDatagram>>,
-    /// Lines that nobody took.
-    dropped: AtomicU64,
+    queue: Mutex<Queue>,
+    /// The queue has become empty.
+    emptied: Condvar,
+}
+
+#[derive(Default)]
+struct Queue {
+    socket: Option<UnixDatagram>,
+    /// Oldest first.
+    waiting: VecDeque<String>,
+    octets: usize,
+    /// A thread sends what waits.
+    has_thread: bool,
+    /// Lines that are lost, and have not been spoken of.
+    lost: u64,
 }
 
 impl Datagrams {
-    fn open(path: PathBuf, header: Header) -> Datagrams {
-        let socket = Mutex::new(connect(&path).ok());
-        Datagrams { path, header, socket, dropped: AtomicU64::new(0) }
+    fn open(path: PathBuf, header: Header) -> Arc<Datagrams> {
+        let queue = Queue { socket: connect(&path).ok(), ..Queue::default() };
+        Arc::new(Datagrams { path, header, queue: Mutex::new(queue), emptied: Condvar::new() })
     }
 
-    fn write(&self, level: Level, text: &str) {
-        match self.send(&self.header.line(level, text)) {
-            Ok(()) => self.confess(),
-            Err(_) => drop(self.dropped.fetch_add(1, Ordering::Relaxed)),
-        }
-    }
-
-    /// Says how many lines were dropped before this one.
-    fn confess(&self) {
-        let dropped = self.dropped.swap(0, Ordering::Relaxed);
-        if dropped == 0 {
+    /// Sends a line, or lets it wait.
+    fn write(self: &Arc<Self>, level: Level, text: &str) {
+        let line = self.header.line(level, text);
+        let mut queue = self.queue();
+        if queue.waiting.is_empty() && self.send(&mut queue, &line) != Sent::Later {
             return;
         }
-        let text = format!("warning: {dropped} log lines before this one were lost");
-        if self.send(&self.header.line(Level::Warn, &text)).is_err() {
-            self.dropped.fetch_add(dropped, Ordering::Relaxed);
+        if queue.octets + line.len() > MAX_WAITING {
+            queue.lost += 1;
+            return;
+        }
+        queue.octets += line.len();
+        queue.waiting.push_back(line);
+        if !queue.has_thread {
+            let this = Arc::clone(self);
+            let thread = Builder::new().name("log".into()).stack_size(64 * 1024);
+            queue.has_thread = thread.spawn(move || this.work_off()).is_ok();
         }
     }
 
-    fn send(&self, line: &str) -> io::Result<()> {
-        let line = &line.as_bytes()[..line.len().min(MAX_DATAGRAM)];
-        let mut socket = self.socket.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(open) = socket.as_ref() {
-            match open.send(line) {
-                Ok(_) => return Ok(()),
-                // It is there and full: waiting for it would hold up mail.
-                Err(error) if error.kind() == ErrorKind::WouldBlock => return Err(error),
-                Err(_) => {}
+    /// The thread: sends what waits, until nothing does.
+    fn work_off(&self) {
+        let mut queue = self.queue();
+        while let Some(line) = queue.waiting.pop_front() {
+            match self.send(&mut queue, &line) {
+                Sent::Later => {
+                    queue.waiting.push_front(line);
+                    let socket = queue.socket.as_ref().and_then(|socket| socket.try_clone().ok());
+                    drop(queue);
+                    wait_for_room(socket);
+                    queue = self.queue();
+                }
+                Sent::Yes | Sent::Never => queue.octets -= line.len(),
             }
         }
-        socket.insert(connect(&self.path)?).send(line).map(drop)
+        queue.has_thread = false;
+        drop(queue);
+        self.emptied.notify_all();
     }
+
+    /// Sends a line if that can be done at once, and before it how many were lost.
+    fn send(&self, queue: &mut Queue, line: &str) -> Sent {
+        if queue.lost > 0 {
+            let text = format!("warning: {} log lines before this one were lost", queue.lost);
+            match self.send_one(queue, &self.header.line(Level::Warn, &text)) {
+                Sent::Yes => queue.lost = 0,
+                other => {
+                    queue.lost += u64::from(other == Sent::Never);
+                    return other;
+                }
+            }
+        }
+        let sent = self.send_one(queue, line);
+        queue.lost += u64::from(sent == Sent::Never);
+        sent
+    }
+
+    fn send_one(&self, queue: &mut Queue, line: &str) -> Sent {
+        let line = &line.as_bytes()[..line.len().min(MAX_DATAGRAM)];
+        if let Some(open) = &queue.socket {
+            match open.send(line) {
+                Ok(_) => return Sent::Yes,
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return Sent::Later,
+                // The receiver has gone; there may be another.
+                Err(_) => queue.socket = None,
+            }
+        }
+        match connect(&self.path).and_then(|new| queue.socket.insert(new).send(line)) {
+            Ok(_) => Sent::Yes,
+            Err(error) if error.kind() == ErrorKind::WouldBlock => Sent::Later,
+            Err(_) => Sent::Never,
+        }
+    }
+
+    /// Waits for what waits, for a moment.
+    fn flush(&self) {
+        let queue = self.queue();
+        drop(self.emptied.wait_timeout_while(queue, LAST_WAIT, |queue| queue.has_thread));
+    }
+
+    fn queue(&self) -> MutexGuard<'_, Queue> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What became of a line.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Sent {
+    Yes,
+    /// The receiver is there and full.
+    Later,
+    /// There is no receiver.
+    Never,
 }
 
 fn connect(path: &Path) -> io::Result<UnixDatagram> {
@@ -257,4 +347,15 @@ fn connect(path: &Path) -> io::Result<UnixDatagram> {
     socket.set_nonblocking(true)?;
     socket.connect(path)?;
     Ok(socket)
+}
+
+/// Waits until the receiver takes more, or has gone; never for long.
+fn wait_for_room(socket: Option<UnixDatagram>) {
+    match socket {
+        Some(socket) => {
+            let mut fds = [PollFd::new(socket.as_fd(), PollFlags::POLLOUT)];
+            let _ = poll(&mut fds, 1000u16);
+        }
+        None => std::thread::sleep(Duration::from_millis(100)),
+    }
 }

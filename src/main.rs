@@ -4,15 +4,16 @@
 //! The order is that of privileges: sockets and configuration are opened as whoever started the
 //! program, then root is given up, and only then is there a second thread or a client's word.
 
+use std::net::TcpListener;
 use std::process::ExitCode;
 
 use nix::unistd::{Uid, chdir};
 use smtp_dup::cli::{Arguments, Command};
 use smtp_dup::config::Config;
-use smtp_dup::launch::master::{self, Master, Role};
+use smtp_dup::launch::master::{self, Master, Role, Tie};
 use smtp_dup::launch::privileges::{User, confine};
 use smtp_dup::launch::signals::Signals;
-use smtp_dup::launch::{Clients, Launch, listener, systemd};
+use smtp_dup::launch::{Clients, Launch, addresses, listener, systemd};
 use smtp_dup::logger::{self, Place};
 use smtp_dup::message::Scratch;
 use smtp_dup::{check, maillog, server};
@@ -23,10 +24,12 @@ const WRONG_USE: u8 = 2;
 fn main() -> ExitCode {
     let words: Vec<String> =
         std::env::args_os().skip(1).map(|word| word.to_string_lossy().into_owned()).collect();
-    match Master::found(&words) {
+    let code = match Master::found(&words) {
         Some(master) => under_master(master),
         None => by_hand(&words),
-    }
+    };
+    log::logger().flush();
+    code
 }
 
 /// Started by a person, a supervisor, or a super-server with a client's connection.
@@ -63,7 +66,8 @@ fn by_hand(words: &[String]) -> ExitCode {
     });
     match loaded {
         Ok((config, warnings, user)) => {
-            open_log(&config, launch.log, &warnings);
+            open_log(&config, launch.log);
+            warn(&warnings);
             ended(serve(&config, launch.clients, user.as_ref()))
         }
         Err(what) => refuse(launch, &what),
@@ -97,8 +101,11 @@ fn environment() -> impl Iterator<Item = (String, String)> {
     std::env::vars_os().map(move |(name, value)| (text(name), text(value)))
 }
 
-fn open_log(config: &Config, place: Place, warnings: &[String]) {
-    logger::start(config.log_target.place(place), config.log_level);
+fn open_log(config: &Config, auto: Place) {
+    logger::start(config.log_target.place(auto), config.log_level);
+}
+
+fn warn(warnings: &[String]) {
     warnings.iter().for_each(|warning| maillog::configuration(warning));
 }
 
@@ -106,7 +113,8 @@ fn open_log(config: &Config, place: Place, warnings: &[String]) {
 fn check(arguments: &Arguments) -> ExitCode {
     match load(arguments, &Launch::ALONE) {
         Ok((config, warnings, _)) => {
-            open_log(&config, Place::Stderr, &warnings);
+            open_log(&config, Place::Stderr);
+            warn(&warnings);
             ExitCode::from(if check::run(&config) { 0 } else { FAILED })
         }
         Err(what) => {
@@ -152,39 +160,39 @@ fn ended(result: Result<(), String>) -> ExitCode {
 
 /// Started by Postfix's master(8): see [`master`].
 fn under_master(master: Result<Master, String>) -> ExitCode {
-    let prepared = master.and_then(prepare);
-    let (master, config) = match prepared {
+    let (master, ready) = match master.and_then(prepare) {
         Ok(prepared) => prepared,
         Err(what) => {
-            Launch { clients: None, log: master::log_place() }.refuse(&what);
-            return ExitCode::from(WRONG_USE);
+            let launch = Launch { clients: None, log: master::log_place() };
+            return refuse(launch, &what);
         }
     };
-    let (config, scratch) = config;
     ended(match master.split() {
         Ok(Role::Keeper(keeper)) => keeper.watch(),
-        Ok(Role::Child(listeners, tie)) => Signals::watch()
-            .and_then(|signals| {
-                server::run(&config, Clients::Many(listeners), &signals, Some(tie), scratch)
-            })
-            .map_err(|error| format!("signals: {error}")),
+        Ok(Role::Child(listeners, tie)) => serve_for_master(ready, listeners, tie),
         Err(error) => Err(format!("two processes under master(8): {error}")),
     })
 }
 
-/// Reads the configuration, opens the log, gives up root: all that must come before [`Master::split`].
-fn prepare(master: Master) -> Result<(Master, (Config, Scratch)), String> {
+/// What was read and looked up before there were two processes.
+struct Ready {
+    config: Config,
+    warnings: Vec<String>,
+    scratch: Scratch,
+}
+
+/// Reads the configuration, opens the log, gives up root: all that must come before
+/// [`Master::split`]. Nothing is logged here, for that may take a thread.
+fn prepare(master: Master) -> Result<(Master, Ready), String> {
     let queue = std::env::current_dir().map_err(|error| format!("current folder: {error}"))?;
     if let Some(folder) = &master.arguments.directory {
-        chdir(folder)
-            .map_err(|error| format!("directory={}, in master.cf: {error}", folder.display()))?;
+        let wrong = |error| format!("directory={}, in master.cf: {error}", folder.display());
+        chdir(folder).map_err(wrong)?;
     }
-    let user = User::find(&master.arguments.user())
-        .map_err(|what| format!("user=, in master.cf: {what}"))?;
+    let user = User::find(&master.arguments.user()).map_err(|what| format!("user=: {what}"))?;
     let (mut config, warnings) =
         Config::load(None, environment(), Some(user.uid)).map_err(|mistake| mistake.to_string())?;
-    let addresses: Vec<_> = master.listeners.iter().filter_map(|l| l.local_addr().ok()).collect();
-    config.refuse_circles(&addresses).map_err(|mistake| mistake.to_string())?;
+    config.refuse_circles(&addresses(&master.listeners)).map_err(|mistake| mistake.to_string())?;
     if master.arguments.verbose {
         config.log_level = config.log_level.max(log::LevelFilter::Debug);
     }
@@ -193,7 +201,17 @@ fn prepare(master: Master) -> Result<(Master, (Config, Scratch)), String> {
         Some(root) => Scratch::within(root)?,
         None => Scratch::Folder(std::env::temp_dir()),
     };
-    open_log(&config, master::log_place(), &warnings);
+    open_log(&config, master::log_place());
     confine(Some(&user), root)?;
-    Ok((master, (config, scratch)))
+    Ok((master, Ready { config, warnings, scratch }))
+}
+
+fn serve_for_master(ready: Ready, listeners: Vec<TcpListener>, tie: Tie) -> Result<(), String> {
+    let Ready { config, warnings, scratch } = ready;
+    warn(&warnings);
+    Signals::watch()
+        .and_then(|signals| {
+            server::run(&config, Clients::Many(listeners), &signals, Some(tie), scratch)
+        })
+        .map_err(|error| format!("signals: {error}"))
 }

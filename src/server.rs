@@ -103,6 +103,7 @@ pub fn run(
         if !agents.drain(&all_ended) {
             // An agent hangs where no time limit reaches; its copy has been named.
             maillog::stopped(is_one);
+            log::logger().flush();
             std::process::exit(0);
         }
         io::Result::Ok(())

@@ -34,12 +34,15 @@ impl Clients {
     /// The addresses that they reach us at.
     pub fn addresses(&self) -> Vec<SocketAddr> {
         match self {
-            Clients::Many(listeners) => {
-                listeners.iter().filter_map(|listener| listener.local_addr().ok()).collect()
-            }
+            Clients::Many(listeners) => addresses(listeners),
             Clients::One(stream) => stream.local_addr().into_iter().collect(),
         }
     }
+}
+
+/// Where they listen.
+pub fn addresses(listeners: &[TcpListener]) -> Vec<SocketAddr> {
+    listeners.iter().filter_map(|listener| listener.local_addr().ok()).collect()
 }
 
 /// A start by anyone but master(8).
