@@ -23,6 +23,7 @@ use self::setting::{Setting, addresses, domain, level, nearest, network, target,
 use crate::logger::Target;
 use crate::relay::connection::Limits;
 use crate::relay::destination::Destination;
+use crate::spool;
 
 /// Where the file is sought when `--config` does not say.
 pub const SEARCH: [&str; 2] = ["config.yaml", "/etc/smtp-dup/config.yaml"];
@@ -54,6 +55,8 @@ pub struct Config {
     pub backup_connections: usize,
     /// Octets of copies held.
     pub backup_memory: u64,
+    /// Where copies are kept until they are delivered.
+    pub spool: Option<spool::Settings>,
     /// Where is logged.
     pub log_target: Target,
     /// What is logged.
@@ -103,6 +106,9 @@ pub const KEYS: &[Key] = &[
     key("relay.data_timeout_seconds", |d, s| put(&mut d.limits.data, s.seconds())),
     key("relay.backup_connections", |d, s| put(&mut d.backup_connections, s.count(1000))),
     key("relay.backup_memory", |d, s| put(&mut d.backup_memory, s.octets())),
+    key("relay.spool", |d, s| put(&mut d.spool, s.optional_folder())),
+    key("relay.spool_required", |d, s| put(&mut d.spool_required, s.flag())),
+    key("relay.retry_for_seconds", |d, s| put(&mut d.retry_for, s.long_seconds())),
     key("log.target", |d, s| put(&mut d.log_target, s.text().and_then(target))),
     key("log.level", |d, s| put(&mut d.log_level, s.text().and_then(level))),
 ];
@@ -133,6 +139,9 @@ struct Draft {
     limits: Limits,
     backup_connections: usize,
     backup_memory: u64,
+    spool: Option<PathBuf>,
+    spool_required: bool,
+    retry_for: Duration,
     log_target: Target,
     log_level: LevelFilter,
 }
@@ -159,6 +168,9 @@ impl Default for Draft {
             },
             backup_connections: 4,
             backup_memory: 64 * 1024 * 1024,
+            spool: None,
+            spool_required: false,
+            retry_for: Duration::from_secs(5 * 24 * 3600),
             log_target: Target::Auto,
             log_level: LevelFilter::Info,
         }
@@ -296,6 +308,15 @@ impl Draft {
                 "smtp.listen: an empty list; write at least one address, as 127.0.0.1:2525".into(),
             ));
         }
+        if self.spool_required && self.spool.is_none() {
+            return Err(Mistake(
+                "relay.spool_required: true, but there is no spool; set relay.spool to a folder, \
+                 as /var/spool/smtp-dup"
+                    .into(),
+            ));
+        }
+        let (required, retry_for) = (self.spool_required, self.retry_for);
+        let spool = self.spool.map(|folder| spool::Settings { folder, required, retry_for });
         Ok(Config {
             listen: self.listen,
             domain: self.domain.unwrap_or_else(host_name),
@@ -309,6 +330,7 @@ impl Draft {
             limits: self.limits,
             backup_connections: self.backup_connections,
             backup_memory: self.backup_memory,
+            spool,
             log_target: self.log_target,
             log_level: self.log_level,
         })

@@ -9,7 +9,7 @@
 //! - [`server`]: a worker thread for each, and the end of them all;
 //! - [`smtp`]: the client's side of a session;
 //! - [`relay`]: the primary's side, and the backups;
-//! - [`message`], [`buffers`]: what is held meanwhile;
+//! - [`message`], [`buffers`], [`spool`]: what is held meanwhile, in memory and on disk;
 //! - [`shutdown`]: how long everybody may still wait;
 //! - [`check`]: `smtp-dup check`.
 
@@ -25,3 +25,4 @@ pub mod relay;
 pub mod server;
 pub mod shutdown;
 pub mod smtp;
+pub mod spool;

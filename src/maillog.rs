@@ -27,9 +27,13 @@ pub fn starting(config: &Config, listen: &[SocketAddr], is_for_one: bool) {
     let backups = config.backups.iter().map(Destination::to_string).collect::<Vec<_>>().join(",");
     log!(
         life(is_for_one),
-        "starting smtp-dup {}: listen={listen} destination_primary={} destination_backups={backups}",
+        "starting smtp-dup {}: listen={listen} destination_primary={} destination_backups={backups}{}",
         env!("CARGO_PKG_VERSION"),
         config.primary,
+        config
+            .spool
+            .as_ref()
+            .map_or(String::new(), |spool| format!(" spool={}", spool.folder.display())),
     );
 }
 
@@ -216,6 +220,47 @@ pub fn copy_deferred(
 /// A copy is given up.
 pub fn copy_lost(id: QueueId, backup: &Destination, why: &str) {
     error!("{id}: relay={backup} role=backup status=lost ({})", one_line(why));
+}
+
+/// A copy was refused for good, or tried for too long: the spool keeps it.
+pub fn copy_failed(id: QueueId, backup: &Destination, why: &str) {
+    error!(
+        "{id}: relay={backup} role=backup status=failed ({}); kept in failed/: see smtp-dup queue",
+        one_line(why)
+    );
+}
+
+/// A message could not be put into the spool.
+pub fn spool_failed(id: QueueId, failure: &std::io::Error) {
+    error!("{id}: the spool (relay.spool) failed: {failure}");
+}
+
+/// The spool failed for one backup, which changes nothing about mail.
+pub fn spool_unreadable(backup: &Destination, failure: &std::io::Error) {
+    error!("relay={backup} role=backup: the spool (relay.spool) failed: {failure}");
+}
+
+/// A file of the spool is not what it should be.
+pub fn spool_damaged(id: QueueId, backup: &Destination, failure: &std::io::Error) {
+    error!("{id}: relay={backup} role=backup status=failed ({failure})");
+}
+
+/// What a crash has left in the spool could not be looked through.
+pub fn sweep_failed(failure: &std::io::Error) {
+    error!("the spool (relay.spool) could not be cleared up: {failure}");
+}
+
+/// What earlier processes have left in the spool.
+pub fn spool_has(backup: &str, copies: u64) {
+    info!("relay={backup} is owed {copies} copies by the spool");
+}
+
+/// The spool has copies for a backup that is not configured.
+pub fn spool_orphans(backup: &str, copies: u64) {
+    warn!(
+        "relay={backup} is owed {copies} copies by the spool, but is no destination any more: \
+         smtp-dup retry --to OTHER, or smtp-dup drop"
+    );
 }
 
 /// A backup cannot be reached; its copies wait.

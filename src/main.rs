@@ -6,16 +6,19 @@
 
 use std::net::TcpListener;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use nix::unistd::{Uid, chdir};
 use smtp_dup::cli::{Arguments, Command};
 use smtp_dup::config::Config;
 use smtp_dup::launch::master::{self, Master, Role, Tie};
-use smtp_dup::launch::privileges::{User, confine};
+use smtp_dup::launch::privileges::{User, confine, inside};
 use smtp_dup::launch::signals::Signals;
 use smtp_dup::launch::{Clients, Launch, addresses, listener, systemd};
 use smtp_dup::logger::{self, Place};
 use smtp_dup::message::Scratch;
+use smtp_dup::server::Store;
+use smtp_dup::spool::Spool;
 use smtp_dup::{check, maillog, server};
 
 const FAILED: u8 = 1;
@@ -142,9 +145,20 @@ fn serve(config: &Config, clients: Option<Clients>, user: Option<&User>) -> Resu
     if Uid::effective().is_root() {
         maillog::runs_as_root();
     }
+    let store = match open_spool(config) {
+        Ok(spool) => Store { scratch: Scratch::Folder(std::env::temp_dir()), spool },
+        Err(what) => {
+            clients.turn_away();
+            return Err(what);
+        }
+    };
     systemd::ready();
-    server::run(config, clients, &signals, None, Scratch::Folder(std::env::temp_dir()))
-        .map_err(|error| format!("signals: {error}"))
+    server::run(config, clients, &signals, None, store).map_err(|error| format!("signals: {error}"))
+}
+
+/// As the user who serves, so that the files are that user's.
+fn open_spool(config: &Config) -> Result<Option<Arc<Spool>>, String> {
+    config.spool.as_ref().map(|settings| Spool::open(settings).map(Arc::new)).transpose()
 }
 
 /// The exit code, and the last word in the log if something failed.
@@ -178,7 +192,7 @@ fn under_master(master: Result<Master, String>) -> ExitCode {
 struct Ready {
     config: Config,
     warnings: Vec<String>,
-    scratch: Scratch,
+    store: Store,
 }
 
 /// Reads the configuration, opens the log, gives up root: all that must come before
@@ -201,17 +215,22 @@ fn prepare(master: Master) -> Result<(Master, Ready), String> {
         Some(root) => Scratch::within(root)?,
         None => Scratch::Folder(std::env::temp_dir()),
     };
+    if let (Some(root), Some(spool)) = (root, &mut config.spool) {
+        spool.folder =
+            inside(root, &spool.folder).map_err(|what| format!("relay.spool: {what}"))?;
+    }
     open_log(&config, master::log_place());
     confine(Some(&user), root)?;
-    Ok((master, Ready { config, warnings, scratch }))
+    let spool = open_spool(&config)?;
+    Ok((master, Ready { config, warnings, store: Store { scratch, spool } }))
 }
 
 fn serve_for_master(ready: Ready, listeners: Vec<TcpListener>, tie: Tie) -> Result<(), String> {
-    let Ready { config, warnings, scratch } = ready;
+    let Ready { config, warnings, store } = ready;
     warn(&warnings);
     Signals::watch()
         .and_then(|signals| {
-            server::run(&config, Clients::Many(listeners), &signals, Some(tie), scratch)
+            server::run(&config, Clients::Many(listeners), &signals, Some(tie), store)
         })
         .map_err(|error| format!("signals: {error}"))
 }

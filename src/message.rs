@@ -15,7 +15,11 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
+use crate::launch::privileges::inside;
 use crate::smtp::envelope::Envelope;
+use crate::spool::Entry;
+use crate::spool::claim::Mail;
+use crate::spool::draft::{Draft, Stored};
 
 /// A body above this many octets moves from memory to an unlinked temporary file.
 pub const MEMORY_THRESHOLD: usize = 256 * 1024;
@@ -24,7 +28,7 @@ pub const MEMORY_THRESHOLD: usize = 256 * 1024;
 const OVERHEAD: u64 = 512;
 
 /// Names a message in the log: ten hexadecimal digits that grow with time.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct QueueId(u64);
 
 impl QueueId {
@@ -40,6 +44,12 @@ impl QueueId {
             Some(id)
         });
         QueueId(id & 0xFF_FFFF_FFFF)
+    }
+
+    /// Reads what Display writes.
+    pub fn parse(text: &str) -> Option<QueueId> {
+        let is_one = text.len() == 10 && text.bytes().all(|o| o.is_ascii_hexdigit());
+        u64::from_str_radix(text, 16).ok().filter(|_| is_one).map(QueueId)
     }
 }
 
@@ -68,15 +78,7 @@ impl Scratch {
         let Some(folder) = std::env::var_os("TMPDIR").map(PathBuf::from) else {
             return Ok(Scratch::Memory);
         };
-        match folder.strip_prefix(root) {
-            Ok(inside) => Ok(Scratch::Folder(Path::new("/").join(inside))),
-            Err(_) => Err(format!(
-                "TMPDIR={} is not below {}, which is all that this service can see: name a folder \
-                 below it, leave TMPDIR unset, or write n for chroot in master.cf",
-                folder.display(),
-                root.display()
-            )),
-        }
+        inside(root, &folder).map(Scratch::Folder).map_err(|what| format!("TMPDIR: {what}"))
     }
 
     fn file(&self) -> io::Result<File> {
@@ -138,12 +140,18 @@ impl Held {
         taken
     }
 
-    /// Takes a file, if there is one left to have.
-    fn open_file(&mut self) -> Result<File, NoCopy> {
+    /// Takes leave to have one more file open, if there is one left.
+    fn take_file(&mut self) -> Result<(), NoCopy> {
         if !take(&self.budget.files, 1, self.budget.most_files) {
             return Err(NoCopy::TooManyFiles(self.budget.most_files));
         }
         self.files += 1;
+        Ok(())
+    }
+
+    /// Takes a temporary file.
+    fn open_file(&mut self) -> Result<File, NoCopy> {
+        self.take_file()?;
         self.budget.scratch.file().map_err(|error| self.budget.failed(error))
     }
 }
@@ -166,9 +174,9 @@ impl Drop for Held {
 pub enum Body {
     /// A small one.
     Memory(Box<[u8]>),
-    /// A big one: an unlinked file and its length. Read with explicit offsets only, since all
-    /// agents share it.
-    File(File, u64),
+    /// A big one, or one of the spool: `length` octets of a file from `start` on. Read with explicit
+    /// offsets only, since all agents share it.
+    File { file: File, start: u64, length: u64 },
 }
 
 /// A message that the primary accepted.
@@ -182,7 +190,34 @@ pub struct Message {
     pub body: Body,
     /// When the primary had accepted it.
     pub accepted: Instant,
-    _held: Held,
+    /// Its place in the spool, which has a file for each copy that is owed.
+    pub place: Option<Place>,
+    _held: Option<Held>,
+}
+
+/// Where a message lies in the spool.
+#[derive(Debug, Clone)]
+pub struct Place {
+    /// The message.
+    pub entry: Entry,
+    /// Who can have a file of what it is owed.
+    pub backups: Arc<[String]>,
+}
+
+impl Message {
+    /// A message that was read from the spool.
+    pub fn from_spool(entry: Entry, mail: Mail) -> Message {
+        let age = SystemTime::now().duration_since(mail.arrived).unwrap_or_default();
+        let now = Instant::now();
+        Message {
+            id: entry.id,
+            envelope: mail.envelope,
+            body: Body::File { file: mail.file, start: mail.start, length: mail.length },
+            accepted: now.checked_sub(age).unwrap_or(now),
+            place: Some(Place { entry, backups: mail.backups.into() }),
+            _held: None,
+        }
+    }
 }
 
 /// Why there is no copy of a message.
@@ -210,26 +245,42 @@ impl fmt::Display for NoCopy {
     }
 }
 
-/// Holds a body while it streams.
+/// Holds a body while it streams, in memory or a temporary file, and in the spool if there is one.
 #[derive(Debug)]
 pub struct Collector {
     kept: Result<Kept, NoCopy>,
+    draft: Option<Draft>,
 }
 
 #[derive(Debug)]
 struct Kept {
     held: Held,
+    /// What does not fit into memory, unless the spool has it.
     file: Option<(File, u64)>,
+    /// The spool has it, and memory has not.
+    is_spooled: bool,
+}
+
+/// What became of a message that the primary accepted.
+#[derive(Debug)]
+pub enum Collected {
+    /// It is here, and in the spool if there is one.
+    Held(Message),
+    /// It is in the spool alone.
+    Stored,
+    /// There will be no copies.
+    Lost(NoCopy),
 }
 
 impl Collector {
-    /// Nothing held yet.
-    pub fn new(budget: &Arc<Budget>) -> Collector {
-        Collector { kept: Ok(Kept { held: Held::nothing(budget), file: None }) }
+    /// Nothing held yet; `draft` is the place in the spool that the message goes to.
+    pub fn new(budget: &Arc<Budget>, draft: Option<Draft>) -> Collector {
+        let held = Held::nothing(budget);
+        Collector { kept: Ok(Kept { held, file: None, is_spooled: false }), draft }
     }
 
     /// The body has grown by `octets`, which the caller still holds in memory. False when they
-    /// need not be held, because there will be no copy.
+    /// need not be held, because there will be no copy but from the spool.
     pub fn count(&mut self, octets: usize) -> bool {
         if let Ok(kept) = &mut self.kept
             && !kept.held.grow(octets as u64)
@@ -239,36 +290,98 @@ impl Collector {
         self.kept.is_ok()
     }
 
-    /// Moves octets, counted before, to the temporary file.
+    /// Writes octets to the spool, if there is one.
+    ///
+    /// # Errors
+    /// Those of the file system. From then on it is as if there were no spool.
+    pub fn store(&mut self, octets: &[u8]) -> io::Result<()> {
+        self.with_draft(|draft| draft.write(octets))
+    }
+
+    /// Moves octets, counted before and stored, out of memory: into the temporary file where the
+    /// spool has not got them.
     pub fn spill(&mut self, octets: &[u8]) {
+        let Ok(kept) = &mut self.kept else { return };
+        if self.draft.is_some() {
+            kept.is_spooled = true;
+        } else if let Err(error) = kept.spill(octets) {
+            self.kept = Err(error);
+        }
+    }
+
+    /// Makes all that was stored durable, before anybody is told that the message is accepted.
+    ///
+    /// # Errors
+    /// As [`Collector::store`].
+    pub fn secure(&mut self) -> io::Result<()> {
+        self.with_draft(|draft| draft.sync().and_then(|()| draft.address()))
+    }
+
+    /// Does something with the draft; one that fails is given up, and what only it had is saved.
+    fn with_draft(&mut self, act: impl FnOnce(&mut Draft) -> io::Result<()>) -> io::Result<()> {
+        let Some(draft) = &mut self.draft else { return Ok(()) };
+        let Err(error) = act(draft) else { return Ok(()) };
+        if let Some(draft) = self.draft.take() {
+            self.rescue(draft);
+        }
+        Err(error)
+    }
+
+    /// The spool has failed with a body that memory has not got any more.
+    fn rescue(&mut self, mut draft: Draft) {
         if let Ok(kept) = &mut self.kept
-            && let Err(error) = kept.spill(octets)
+            && std::mem::take(&mut kept.is_spooled)
+            && let Err(error) = kept.rescue(&mut draft)
         {
             self.kept = Err(error);
         }
     }
 
     /// The message is whole and the primary has accepted it; `rest` are the octets, counted
-    /// before, that were not spilled.
-    ///
-    /// # Errors
-    /// Why there is no copy.
+    /// before, that were not spilled. It is owed from here on. A spool that fails at the last
+    /// moment is told to `complain`, and memory has to do.
     pub fn finish(
         mut self,
         id: QueueId,
         envelope: Envelope,
         rest: &[u8],
-    ) -> Result<Message, NoCopy> {
+        complain: impl FnOnce(&io::Error),
+    ) -> Collected {
+        let mut stored = None;
+        if let Some(draft) = self.draft.take() {
+            let backups = draft.backups();
+            match draft.commit() {
+                Ok(done) => stored = Some((done, backups)),
+                Err((error, draft)) => {
+                    complain(&error);
+                    self.rescue(draft);
+                }
+            }
+        }
         if self.kept.as_ref().is_ok_and(|kept| kept.file.is_some()) {
             self.spill(rest);
         }
         self.count((envelope.octets() + OVERHEAD) as usize);
-        let Kept { held, file } = self.kept?;
-        let body = match file {
-            Some((file, length)) => Body::File(file, length),
-            None => Body::Memory(rest.into()),
+        let Kept { mut held, file, is_spooled } = match self.kept {
+            Ok(kept) => kept,
+            Err(_) if stored.is_some() => return Collected::Stored,
+            Err(why) => return Collected::Lost(why),
         };
-        Ok(Message { id, envelope, body, accepted: Instant::now(), _held: held })
+        let place = stored
+            .as_ref()
+            .map(|(done, backups)| Place { entry: done.entry, backups: Arc::clone(backups) });
+        let body = match (file, stored) {
+            (Some((file, length)), _) => Body::File { file, start: 0, length },
+            (None, Some((Stored { file, start, length, .. }, _))) if is_spooled => {
+                if held.take_file().is_err() {
+                    return Collected::Stored;
+                }
+                Body::File { file, start, length }
+            }
+            _ => Body::Memory(rest.into()),
+        };
+        let accepted = Instant::now();
+        Collected::Held(Message { id, envelope, body, accepted, place, _held: Some(held) })
     }
 }
 
@@ -280,6 +393,13 @@ impl Kept {
         };
         file.write_all(octets).map_err(|error| self.held.budget.failed(error))?;
         *length += octets.len() as u64;
+        Ok(())
+    }
+
+    fn rescue(&mut self, draft: &mut Draft) -> Result<(), NoCopy> {
+        let mut file = self.held.open_file()?;
+        let length = draft.rescue(&mut file).map_err(|error| self.held.budget.failed(error))?;
+        self.file = Some((file, length));
         Ok(())
     }
 }

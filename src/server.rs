@@ -34,6 +34,7 @@ use crate::relay::primary::stopping;
 use crate::shutdown::{Grace, Shutdown};
 use crate::smtp::reply::Reply;
 use crate::smtp::session::{Session, Shared};
+use crate::spool::{self, Spool};
 
 /// How long a client waits for a worker before it is turned away: a 421 makes Postfix hold back
 /// all mail for this destination, a moment of waiting does not.
@@ -42,8 +43,8 @@ const WORKER_WAIT: Duration = Duration::from_secs(5);
 /// How long accept(2) is left alone after it failed, mostly for want of descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
 
-/// Serves `clients` and ends as smtp-dup(8) says under SIGNALS. Big bodies lie in `scratch`; `tie`
-/// is there when a keeper watches over this process, see [`crate::launch::master`].
+/// Serves `clients` and ends as smtp-dup(8) says under SIGNALS. Messages lie in `store`; `tie` is
+/// there when a keeper watches over this process, see [`crate::launch::master`].
 ///
 /// # Errors
 /// Those of socketpair(2), before anything was served.
@@ -52,7 +53,7 @@ pub fn run(
     clients: Clients,
     signals: &Signals,
     tie: Option<Tie>,
-    scratch: Scratch,
+    store: Store,
 ) -> io::Result<()> {
     let is_one = matches!(clients, Clients::One(_));
     let limit = config.limits.connect;
@@ -66,9 +67,13 @@ pub fn run(
         limits: config.limits,
         most_agents: config.backup_connections,
         tries_again: !is_one,
+        spool: store.spool.clone(),
     };
+    // The primary too may be owed copies, of a time at which it was a backup.
+    let all = config.backups.iter().map(|backup| (backup, true));
+    let all = all.chain(store.spool.as_ref().map(|_| (&config.primary, false)));
     let backups: Vec<Backup> =
-        config.backups.iter().map(|to| Backup::new(to.clone(), plan.clone(), &alive)).collect();
+        all.map(|(to, gets)| Backup::new(to.clone(), gets, plan.clone(), &alive)).collect();
     drop(alive);
 
     let addresses = clients.addresses();
@@ -85,7 +90,9 @@ pub fn run(
             max_recipients: config.max_recipients,
             timeout: config.timeout,
             primary: &primary,
-            budget: &Budget::new(config.backup_memory, files, scratch),
+            budget: &Budget::new(config.backup_memory, files, store.scratch),
+            spool: store.spool.clone(),
+            backups: spool::names(&config.backups).into(),
             buffers: &Buffers::default(),
             shutdown: &shutdown,
         };
@@ -97,6 +104,10 @@ pub fn run(
                     Workers { door, most: config.max_connections, desk: Mutex::default() };
                 let bell = signals.bell()?;
                 let wakers = Wakers { signals, bell, tie };
+                if let Some(spool) = &store.spool {
+                    agents.resume();
+                    outer.spawn(|| sweep(spool, config));
+                }
                 thread::scope(|inner| workers.accept(inner, listeners, wakers));
             }
         }
@@ -110,6 +121,27 @@ pub fn run(
     })?;
     maillog::stopped(is_one);
     Ok(())
+}
+
+/// Where messages lie while they are here.
+pub struct Store {
+    /// Big bodies, for as long as the process lives.
+    pub scratch: Scratch,
+    /// Copies until they are delivered.
+    pub spool: Option<Arc<Spool>>,
+}
+
+/// Clears up what a crash has left, and says what is owed since before.
+fn sweep(spool: &Spool, config: &Config) {
+    let names = spool::names(&config.backups);
+    match spool.sweep(&names) {
+        Ok(census) => census.owed.iter().for_each(|(backup, copies)| {
+            let is_known = names.contains(backup) || *backup == config.primary.to_string();
+            let say = if is_known { maillog::spool_has } else { maillog::spool_orphans };
+            say(backup, *copies);
+        }),
+        Err(error) => maillog::sweep_failed(&error),
+    }
 }
 
 /// Who may come in, and what each client gets.

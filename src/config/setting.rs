@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr, ToSocketAddrs};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use ipnet::IpNet;
@@ -126,6 +127,32 @@ impl Setting {
     /// Seconds, up to a day.
     pub fn seconds(&self) -> Result<Duration, String> {
         self.number(1, 86_400).map(Duration::from_secs).map_err(|what| format!("{what} (seconds)"))
+    }
+
+    /// Seconds, up to ten years.
+    pub fn long_seconds(&self) -> Result<Duration, String> {
+        self.number(1, 315_360_000)
+            .map(Duration::from_secs)
+            .map_err(|what| format!("{what} (seconds)"))
+    }
+
+    /// true or false.
+    pub fn flag(&self) -> Result<bool, String> {
+        match self {
+            Setting::Flag(flag) => Ok(*flag),
+            Setting::Text(text) if text.trim() == "true" => Ok(true),
+            Setting::Text(text) if text.trim() == "false" => Ok(false),
+            other => Err(format!("{} is neither true nor false", other.shown())),
+        }
+    }
+
+    /// A folder, by its whole path; an empty variable unsets the key.
+    pub fn optional_folder(&self) -> Result<Option<PathBuf>, String> {
+        match self.text()? {
+            "" => Ok(None),
+            text if text.starts_with('/') => Ok(Some(text.into())),
+            text => Err(format!("\"{text}\" is no whole path; write one that begins with /")),
+        }
     }
 
     /// An empty variable unsets the key.

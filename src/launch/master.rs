@@ -272,12 +272,12 @@ impl Arguments {
 fn mail_owner() -> String {
     let folder = std::env::var("MAIL_CONFIG").unwrap_or_else(|_| CONFIG_DIRECTORY.into());
     let text = std::fs::read_to_string(Path::new(&folder).join("main.cf")).unwrap_or_default();
-    let owners = text.lines().filter_map(|line| {
+    let mut owners = text.lines().filter_map(|line| {
         let (name, value) = line.split_once('=')?;
         (name.trim_end() == "mail_owner").then(|| value.trim().to_string())
     });
     // As in all of main.cf, the last one counts.
-    owners.last().unwrap_or_else(|| MAIL_OWNER.into())
+    owners.next_back().unwrap_or_else(|| MAIL_OWNER.into())
 }
 
 /// Where a process that master started logs: as all of Postfix does.

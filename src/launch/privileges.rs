@@ -4,7 +4,7 @@
 //! thread.
 
 use std::ffi::CString;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use nix::unistd::{Gid, Group, Uid, User as Entry, chdir, chroot, initgroups, setgid, setuid};
 
@@ -69,6 +69,22 @@ pub fn confine(user: Option<&User>, root: Option<&Path>) -> Result<(), String> {
         setuid(user.uid).map_err(|error| failed(user, "setuid", error))?;
     }
     Ok(())
+}
+
+/// A folder as a process sees it that has `root` for its root.
+///
+/// # Errors
+/// A text, when the folder is not below it.
+pub fn inside(root: &Path, folder: &Path) -> Result<PathBuf, String> {
+    match folder.strip_prefix(root) {
+        Ok(inside) => Ok(Path::new("/").join(inside)),
+        Err(_) => Err(format!(
+            "{} is not below {}, which is all that this service can see: name a folder below it, \
+             or write n for chroot in master.cf",
+            folder.display(),
+            root.display()
+        )),
+    }
 }
 
 fn failed(user: &User, step: &str, error: nix::Error) -> String {

@@ -41,14 +41,37 @@ impl<'scope, 'env> Agents<'scope, 'env> {
 
     /// There is anyone to copy for.
     pub fn are_wanted(&self) -> bool {
-        !self.backups.is_empty()
+        self.with_copies().next().is_some()
+    }
+
+    /// Those that get a copy of each message. Others only get what the spool has for them.
+    fn with_copies(&self) -> impl Iterator<Item = &'env Backup> {
+        self.backups.iter().filter(|backup| backup.gets_copies)
     }
 
     /// Takes a message for all backups, at once and whatever state they are in.
     pub fn take(&self, message: Message) {
         let message = Arc::new(message);
-        for backup in self.backups {
+        for backup in self.with_copies() {
             if let Some(leave) = backup.enqueue(Copy::new(&message)) {
+                self.start(backup, leave);
+            }
+        }
+    }
+
+    /// There is a message in the spool that memory has not.
+    pub fn look(&self) {
+        for backup in self.with_copies() {
+            if let Some(leave) = backup.look() {
+                self.start(backup, leave);
+            }
+        }
+    }
+
+    /// Begins with what earlier processes have left in the spool.
+    pub fn resume(&self) {
+        for backup in self.backups {
+            if let Some(leave) = backup.recruit() {
                 self.start(backup, leave);
             }
         }
@@ -56,7 +79,7 @@ impl<'scope, 'env> Agents<'scope, 'env> {
 
     /// There will be no copies of a message.
     pub fn lose(&self, id: QueueId, why: &NoCopy) {
-        for backup in self.backups {
+        for backup in self.with_copies() {
             maillog::copy_lost(id, &backup.destination, &why.to_string());
         }
     }
@@ -74,10 +97,11 @@ impl<'scope, 'env> Agents<'scope, 'env> {
     /// An agent's life.
     fn work(&self, backup: &'env Backup, _leave: Leave) {
         let mut connection = None;
-        while let Some(copy) = backup.next(self.shutdown) {
+        while let Some(job) = backup.next(self.shutdown) {
             if let Some(leave) = backup.recruit() {
                 self.start(backup, leave);
             }
+            let Some(copy) = backup.claim(job, false) else { continue };
             let id = copy.message.id;
             let attempt = AssertUnwindSafe(|| self.attempt(backup, copy, &mut connection));
             if catch_unwind(attempt).is_err() {
@@ -164,15 +188,26 @@ fn settle(backup: &Backup, mut copy: Copy, attempt: Attempt) {
     for (place, reply) in &attempt.refused {
         maillog::copy_recipient_refused(id, to, copy.recipient(*place), reply);
     }
-    let still_owed = attempt.deferred.iter().map(|(place, _)| *place).collect();
+    if !attempt.refused.is_empty() {
+        backup.refused(&copy, &attempt.refused);
+    }
+    let still_owed: Vec<usize> = attempt.deferred.iter().map(|(place, _)| *place).collect();
     let last_word = attempt.deferred.into_iter().next_back().map(|(_, reply)| reply);
+    // The recipients refused by name are settled, all the others are owed as before.
+    let is_refused = |place: &usize| attempt.refused.iter().any(|(other, _)| other == place);
     match attempt.verdict.as_ref().map(|reply| (reply, reply.class())) {
         Some((reply, Class::Success)) => maillog::copy_sent(id, to, copy.message.accepted, reply),
-        Some((reply, Class::Permanent)) => maillog::copy_lost(id, to, &reply.to_string()),
+        Some((reply, Class::Permanent)) => {
+            let is_deferred = |place: &usize| <[usize]>::contains(&still_owed, place);
+            let rest = copy.owed.iter().filter(|place| !is_refused(place) && !is_deferred(place));
+            let rest: Vec<_> = rest.map(|&place| (place, reply.clone())).collect();
+            match backup.refused(&copy, &rest) {
+                true => maillog::copy_failed(id, to, &reply.to_string()),
+                false => maillog::copy_lost(id, to, &reply.to_string()),
+            }
+        }
         Some((reply, _)) => {
-            // The recipients refused by name are settled, all the others are owed as before.
-            let refused = |place: &usize| attempt.refused.iter().any(|(other, _)| other == place);
-            copy.owed.retain(|place| !refused(place));
+            copy.owed.retain(|place| !is_refused(place));
             return backup.defer(copy, &reply.to_string());
         }
         None => {}

@@ -5,14 +5,19 @@
 //! it; a single copy that was deferred waits for itself. Nothing here waits for a backup on behalf
 //! of a client.
 //!
+//! With a spool the folders are the queue, and what is held here is a part of it, so that new
+//! copies need not be read again: what finds no place here, or has to wait, is found on disk when
+//! its time has come. Agents read it in passes, while they have nothing else to do.
+//!
 //! The queue is a mutex and a condition variable, and not a channel: an agent waits for a copy,
 //! the end of a pause or the drain, whichever comes first, and a channel's receiver tries again
 //! several times before it sleeps, which cost more than the rest of a small copy.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::io::{self, ErrorKind};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
 
 use crossbeam_channel::Sender;
 
@@ -20,8 +25,12 @@ use super::connection::{Connection, Failure, Limits};
 use super::copy::Copy;
 use super::destination::Destination;
 use crate::maillog;
-use crate::message::QueueId;
+use crate::message::{Message, QueueId};
 use crate::shutdown::{Deadline, Shutdown};
+use crate::smtp::reply::Reply;
+use crate::spool::claim::{Claimed, Owed};
+use crate::spool::reader::{Found, Reader};
+use crate::spool::{Entry, Spool};
 
 /// An agent without work ends after this time.
 const IDLE: Duration = Duration::from_secs(60);
@@ -46,6 +55,19 @@ const FIRST_PAUSE: Duration = Duration::from_secs(1);
 /// The longest pause of a backup that is down.
 const LONGEST_HOLD: Duration = Duration::from_secs(300);
 
+/// So many copies are held in memory as well as in the spool.
+const MOST_HELD: usize = 1000;
+
+/// So many copies are read from the spool at once.
+const SLICE: usize = 100;
+
+/// What others are at, or could not be read, is looked at again after this time.
+const LOOK_AGAIN: Duration = Duration::from_secs(60);
+
+/// How long a process that does not stay holds a backup for the others: until somebody comes by,
+/// from cron or by a timer.
+const ONE_PASS: Duration = Duration::from_secs(30);
+
 /// The longest pause of a copy that is deferred for itself.
 const LONGEST_DEFERRAL: Duration = Duration::from_secs(3600);
 
@@ -59,14 +81,45 @@ pub struct Plan {
     /// Connections to one backup at once.
     pub most_agents: usize,
     /// What failed is tried again. Else each copy gets one attempt, and none after the backup has
-    /// failed as a whole: the process is not there for longer than its client.
+    /// failed as a whole: the process is not there for longer than its client, or its one pass.
     pub tries_again: bool,
+    /// Where copies lie that are owed.
+    pub spool: Option<Arc<Spool>>,
+}
+
+/// A copy to be tried.
+pub enum Job {
+    /// One that is held in memory, and perhaps in the spool as well.
+    Held(Copy),
+    /// One of the spool.
+    Stored(Entry),
+}
+
+impl Job {
+    fn id(&self) -> QueueId {
+        match self {
+            Job::Held(copy) => copy.message.id,
+            Job::Stored(entry) => entry.id,
+        }
+    }
+
+    /// Nothing is lost when this goes.
+    fn is_stored(&self) -> bool {
+        match self {
+            Job::Held(copy) => copy.is_stored(),
+            Job::Stored(_) => true,
+        }
+    }
 }
 
 /// One backup. Shared by workers and agents.
 pub struct Backup {
     /// The server.
     pub destination: Destination,
+    /// It gets a copy of each message, and not only what the spool has for it.
+    pub gets_copies: bool,
+    /// Its name, also in the spool.
+    name: String,
     plan: Plan,
     state: Mutex<State>,
     /// For agents that wait: there is a copy, or the drain begins.
@@ -78,14 +131,21 @@ pub struct Backup {
 
 struct State {
     /// Not tried yet, oldest first.
-    queue: VecDeque<Copy>,
+    queue: VecDeque<Job>,
+    /// The spool has copies that are not in `queue` and may be tried from this time on.
+    pass_at: Option<Instant>,
+    /// A pass over the spool that is going on; gone while an agent reads.
+    reader: Option<Reader>,
+    is_reading: bool,
     /// By the time of their next attempt.
     deferred: BTreeMap<(Instant, u64), Copy>,
     /// Names the entries of `deferred` apart.
     serial: u64,
-    /// Being sent at this moment.
-    in_flight: Vec<QueueId>,
+    /// Being sent at this moment; true for those of the spool.
+    in_flight: Vec<(QueueId, bool)>,
     hold: Option<Hold>,
+    /// It has taken or refused a copy before.
+    has_answered: bool,
     /// It failed as a whole, and nothing is tried again: why.
     given_up: Option<String>,
     agents: usize,
@@ -116,13 +176,23 @@ pub struct Leave {
 
 impl Backup {
     /// A backup that gets copies from now on. `alive` is cloned for each agent.
-    pub fn new(destination: Destination, plan: Plan, alive: &Sender<()>) -> Backup {
+    pub fn new(
+        destination: Destination,
+        gets_copies: bool,
+        plan: Plan,
+        alive: &Sender<()>,
+    ) -> Backup {
+        let pass_at = plan.spool.as_ref().filter(|_| plan.tries_again).map(|_| Instant::now());
         let state = State {
             queue: VecDeque::new(),
+            pass_at,
+            reader: None,
+            is_reading: false,
             deferred: BTreeMap::new(),
             serial: 0,
             in_flight: Vec::new(),
             hold: None,
+            has_answered: false,
             given_up: None,
             agents: 0,
             idle: 0,
@@ -133,6 +203,8 @@ impl Backup {
             alive: Some(alive.clone()),
         };
         Backup {
+            gets_copies,
+            name: destination.to_string(),
             destination,
             plan,
             state: Mutex::new(state),
@@ -146,10 +218,16 @@ impl Backup {
     pub fn enqueue(&self, copy: Copy) -> Option<Leave> {
         let mut state = self.state();
         if let Some(why) = &state.given_up {
-            maillog::copy_lost(copy.message.id, &self.destination, why);
+            if !copy.is_stored() {
+                maillog::copy_lost(copy.message.id, &self.destination, why);
+            }
             return None;
         }
-        state.queue.push_back(copy);
+        if copy.is_stored() && (state.hold.is_some() || state.queue.len() >= MOST_HELD) {
+            state.wants_pass(Instant::now());
+            return self.recruit_in(&mut state);
+        }
+        state.queue.push_back(Job::Held(copy));
         let backlog = state.queue.len();
         if state.idle == 0 {
             return self.recruit_in(&mut state);
@@ -160,6 +238,14 @@ impl Backup {
             self.wake.notify_one();
         }
         None
+    }
+
+    /// There is a copy in the spool for which there was no room in memory. As [`Backup::recruit`].
+    pub fn look(&self) -> Option<Leave> {
+        let mut state = self.state();
+        state.wants_pass(Instant::now());
+        self.wake.notify_one();
+        self.recruit_in(&mut state)
     }
 
     /// Leave to start one more agent, when there is a copy and nobody free for it.
@@ -185,7 +271,7 @@ impl Backup {
 
     /// The next copy for an agent to try. `None` ends the agent: there is nothing to do, or
     /// another will do it.
-    pub fn next(&self, shutdown: &Shutdown) -> Option<Copy> {
+    pub fn next(&self, shutdown: &Shutdown) -> Option<Job> {
         let mut state = self.state();
         let idle_until = Instant::now() + IDLE;
         let mut linger = true;
@@ -194,11 +280,18 @@ impl Backup {
             let held_until =
                 state.hold.as_ref().map(|hold| hold.until).filter(|&until| until > now);
             if held_until.is_none()
-                && let Some(copy) = state.pick(now)
+                && let Some(job) = state.pick(now)
             {
-                return Some(copy);
+                return Some(job);
             }
-            let due = state.deferred.first_key_value().map(|(&(due, _), _)| due);
+            if held_until.is_none() && state.is_pass_due(now) {
+                state = self.read_on(state);
+                continue;
+            }
+            let deferred = state.deferred.first_key_value().map(|(&(due, _), _)| due);
+            // The spool stays when the program ends; nobody hurries to empty it then.
+            let pass_at = state.pass_at.filter(|_| state.alive.is_some());
+            let due = [deferred, pass_at].into_iter().flatten().min();
             let wake = held_until.or(due);
             // The drain lasts for what comes within it; while the backup is held, one agent that
             // waits to try it is enough. Others that are at work do not count: they may be stuck.
@@ -225,6 +318,95 @@ impl Backup {
         }
     }
 
+    /// Reads some more of what the spool has for this backup.
+    fn read_on<'a>(&'a self, mut state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
+        let Some(spool) = &self.plan.spool else { return state };
+        let reader = state.reader.take();
+        if reader.is_none() {
+            // What comes from now on may be missed by this pass, and asks for another.
+            state.pass_at = None;
+        }
+        state.is_reading = true;
+        drop(state);
+        let read = reader.map_or_else(|| spool.reader(&self.name), Ok).and_then(|mut reader| {
+            let found = reader.read(SLICE)?;
+            Ok((reader, found))
+        });
+        let (now, time) = (Instant::now(), SystemTime::now());
+        let mut state = self.state();
+        state.is_reading = false;
+        match read {
+            Ok((reader, found)) => {
+                state.reader = Some(reader).filter(|_| found.len() == SLICE);
+                for Found { entry, due } in found {
+                    match due.duration_since(time) {
+                        Ok(pause) if !pause.is_zero() => state.wants_pass(now + pause),
+                        _ if state.in_flight.iter().any(|(id, _)| *id == entry.id) => {}
+                        _ => state.queue.push_back(Job::Stored(entry)),
+                    }
+                }
+            }
+            Err(error) => {
+                maillog::spool_unreadable(&self.destination, &error);
+                state.wants_pass(now + LOOK_AGAIN);
+            }
+        }
+        if state.queue.len() > 1 {
+            self.wake.notify_one();
+        }
+        state
+    }
+
+    /// Takes a copy for an attempt: `None` when it is not to be had, or not due. One that is held
+    /// in memory alone is anybody's who has the job.
+    pub fn claim(&self, job: Job, due_or_not: bool) -> Option<Copy> {
+        let id = job.id();
+        let claimed = self.try_claim(job, due_or_not);
+        let mut state = self.state();
+        match claimed {
+            Ok(Some(copy)) => return Some(copy),
+            Ok(None) => {}
+            Err(error) if error.kind() == ErrorKind::InvalidData => {
+                maillog::spool_damaged(id, &self.destination, &error);
+            }
+            Err(error) => {
+                maillog::spool_unreadable(&self.destination, &error);
+                state.wants_pass(Instant::now() + LOOK_AGAIN);
+            }
+        }
+        state.landed(id);
+        None
+    }
+
+    fn try_claim(&self, job: Job, due_or_not: bool) -> io::Result<Option<Copy>> {
+        let entry = match &job {
+            Job::Held(Copy { message, .. }) => message.place.as_ref().map(|place| place.entry),
+            Job::Stored(entry) => Some(*entry),
+        };
+        let (Some(spool), Some(entry)) = (&self.plan.spool, entry) else {
+            return Ok(if let Job::Held(copy) = job { Some(copy) } else { None });
+        };
+        let claim = match spool.claim(entry, &self.name)? {
+            Claimed::Yes(claim) => claim,
+            Claimed::Gone => return Ok(None),
+            Claimed::Busy => {
+                self.state().wants_pass(Instant::now() + LOOK_AGAIN);
+                return Ok(None);
+            }
+        };
+        if let Some(next) = claim.owed.next.filter(|_| !due_or_not)
+            && let Ok(pause) = next.duration_since(SystemTime::now())
+        {
+            self.state().wants_pass(Instant::now() + pause);
+            return Ok(None);
+        }
+        let copy = match job {
+            Job::Held(copy) => copy,
+            Job::Stored(_) => Copy::new(&Arc::new(Message::from_spool(entry, spool.load(entry)?))),
+        };
+        Ok(Some(copy.claimed(claim)))
+    }
+
     /// A new connection.
     ///
     /// # Errors
@@ -242,14 +424,43 @@ impl Backup {
     /// The backup has answered: it is not down, or not any more.
     pub fn is_up(&self) {
         let mut state = self.state();
-        if state.hold.take().is_some() {
+        let was_held = state.hold.take().is_some();
+        if was_held {
             maillog::backup_back(&self.destination);
+        }
+        // The first time also what another process may have left.
+        let is_first = !std::mem::replace(&mut state.has_answered, true);
+        if (is_first || was_held)
+            && let Some(spool) = &self.plan.spool
+        {
+            self.complain(spool.release(&self.name));
+        }
+    }
+
+    /// The spool failed at something that is done all the same.
+    fn complain(&self, result: io::Result<()>) {
+        if let Err(error) = result {
+            maillog::spool_unreadable(&self.destination, &error);
         }
     }
 
     /// An attempt has ended, and nothing is owed of this copy any more.
     pub fn done(&self, copy: &Copy) {
-        self.state().landed(copy);
+        if let (Some(claim), Some(place)) = (&copy.claim, &copy.message.place) {
+            self.complain(claim.delivered(&place.backups));
+        }
+        self.state().landed(copy.message.id);
+    }
+
+    /// Some recipients of a copy are refused for good. True when the spool keeps them.
+    pub fn refused(&self, copy: &Copy, refused: &[(usize, Reply)]) -> bool {
+        let Some(claim) = &copy.claim else { return false };
+        let refused: Vec<_> =
+            refused.iter().map(|(place, reply)| (*place, reply.to_string())).collect();
+        let kept = claim.refused(&copy.message.envelope, &refused);
+        let is_kept = kept.is_ok();
+        self.complain(kept);
+        is_kept
     }
 
     /// A connection was refused while others work: the backup is not down, it may take no more at
@@ -264,8 +475,9 @@ impl Backup {
             return Some(copy);
         }
         copy.attempts -= 1;
-        state.landed(&copy);
-        state.queue.push_front(copy);
+        copy.claim = None;
+        state.landed(copy.message.id);
+        state.queue.push_front(Job::Held(copy));
         if !std::mem::replace(&mut state.full, true) {
             maillog::backup_full(&self.destination, &failure.to_string());
         }
@@ -297,6 +509,7 @@ impl Backup {
                 let pause = before.map_or(FIRST_PAUSE, |(_, pause)| (pause * 2).min(LONGEST_HOLD));
                 let until = now + jittered(pause);
                 state.hold = Some(Hold { until, pause });
+                self.hold_all(until - now, failure);
                 until
             }
         };
@@ -307,33 +520,87 @@ impl Backup {
             }
             self.log_deferred(&copy, until, &format!("error: {failure}"));
         }
-        state.defer(copy, until);
+        // One that brought the backup down waits for itself.
+        self.put_off(&mut state, copy, until, &failure.to_string(), !failure.is_before_mail());
+    }
+
+    /// Other processes on the spool are not to try it either.
+    fn hold_all(&self, pause: Duration, failure: &Failure) {
+        if let Some(spool) = &self.plan.spool {
+            let until = SystemTime::now() + pause;
+            self.complain(spool.hold(&self.name, until, &failure.to_string()));
+        }
+    }
+
+    /// A copy waits until `until`, where it is: in the spool, with a state of its own if that is
+    /// `noted`, or in memory.
+    fn put_off(&self, state: &mut State, copy: Copy, until: Instant, why: &str, noted: bool) {
+        let Some(claim) = &copy.claim else { return state.defer(copy, until) };
+        if noted {
+            let owed = Owed {
+                attempts: copy.attempts,
+                next: Some(SystemTime::now() + until.saturating_duration_since(Instant::now())),
+                reply: why.into(),
+                places: Some(copy.owed.clone()),
+            };
+            self.complain(claim.put_off(&owed));
+        }
+        state.landed(copy.message.id);
+        state.wants_pass(until);
     }
 
     /// The backup failed, and nothing is tried again: this copy is lost, and all that wait for it.
     fn give_up(&self, copy: &Copy, failure: &Failure) {
         let mut state = self.state();
-        state.landed(copy);
+        state.landed(copy.message.id);
         let why = failure.to_string();
         if state.given_up.is_none() {
             maillog::backup_down(&self.destination, &why);
+            self.hold_all(ONE_PASS, failure);
         }
         let queue = std::mem::take(&mut state.queue);
-        for id in queue.iter().map(|copy| copy.message.id).chain([copy.message.id]) {
+        let lost = queue.iter().filter(|job| !job.is_stored()).map(Job::id);
+        for id in lost.chain(Some(copy.message.id).filter(|_| !copy.is_stored())) {
             maillog::copy_lost(id, &self.destination, &why);
         }
         state.given_up = Some(why);
     }
 
+    /// It failed as a whole, and nothing is tried again.
+    pub fn is_given_up(&self) -> bool {
+        self.state().given_up.is_some()
+    }
+
     /// The backup deferred this copy, or some of its recipients: those wait for themselves.
     pub fn defer(&self, copy: Copy, why: &str) {
-        if !self.plan.tries_again {
-            self.state().landed(&copy);
+        if !self.plan.tries_again && !copy.is_stored() {
+            self.state().landed(copy.message.id);
             return maillog::copy_lost(copy.message.id, &self.destination, why);
         }
         let until = Instant::now() + own_pause(&copy, LONGEST_DEFERRAL);
+        if self.is_too_old(&copy) {
+            return self.expire(&copy, why);
+        }
         self.log_deferred(&copy, until, why);
-        self.state().defer(copy, until);
+        self.put_off(&mut self.state(), copy, until, why, true);
+    }
+
+    fn is_too_old(&self, copy: &Copy) -> bool {
+        let limit = self.plan.spool.as_ref().map(|spool| spool.settings().retry_for);
+        copy.is_stored() && limit.is_some_and(|limit| copy.message.accepted.elapsed() > limit)
+    }
+
+    /// A copy was tried for long enough.
+    fn expire(&self, copy: &Copy, why: &str) {
+        let why = format!("tried for longer than relay.retry_for_seconds: {why}");
+        let reply = Reply::new(450, "4.4.7", &why);
+        let all: Vec<_> = copy.owed.iter().map(|&place| (place, reply.clone())).collect();
+        if self.refused(copy, &all) {
+            maillog::copy_failed(copy.message.id, &self.destination, &why);
+            self.done(copy);
+        } else {
+            self.state().landed(copy.message.id);
+        }
     }
 
     fn log_deferred(&self, copy: &Copy, until: Instant, why: &str) {
@@ -353,6 +620,7 @@ impl Backup {
     pub fn close(&self) {
         let mut state = self.state();
         state.alive = None;
+        state.queue.retain(|job| !job.is_stored());
         // What waits for better times is tried once more, for there may be none.
         let now = Instant::now();
         if let Some(hold) = &mut state.hold {
@@ -369,9 +637,13 @@ impl Backup {
     /// Names every copy that is left.
     pub fn name_lost(&self) {
         let mut state = self.state();
-        let deferred = std::mem::take(&mut state.deferred).into_values();
-        let waiting = deferred.chain(std::mem::take(&mut state.queue)).map(|copy| copy.message.id);
-        for id in waiting.chain(state.in_flight.drain(..)) {
+        let deferred =
+            std::mem::take(&mut state.deferred).into_values().map(|copy| copy.message.id);
+        let queue = std::mem::take(&mut state.queue);
+        let queue = queue.iter().filter(|job| !job.is_stored()).map(Job::id);
+        let in_flight = std::mem::take(&mut state.in_flight).into_iter();
+        let in_flight = in_flight.filter(|(_, is_stored)| !is_stored).map(|(id, _)| id);
+        for id in deferred.chain(queue).chain(in_flight) {
             maillog::copy_lost(id, &self.destination, "smtp-dup is stopping");
         }
     }
@@ -383,32 +655,43 @@ impl Backup {
 
 impl State {
     fn defer(&mut self, copy: Copy, until: Instant) {
-        self.landed(&copy);
+        self.landed(copy.message.id);
         self.serial += 1;
         self.deferred.insert((until, self.serial), copy);
     }
 
     /// Takes the copy that is to be tried now.
-    fn pick(&mut self, now: Instant) -> Option<Copy> {
+    fn pick(&mut self, now: Instant) -> Option<Job> {
         // A backup that is down is tried with a copy that has not failed, if there is one: what
         // brings it down may be the copy that has.
-        let copy = match self.hold {
+        let job = match self.hold {
             Some(_) => self.queue.pop_front().or_else(|| self.pick_deferred(now)),
             None => self.pick_deferred(now).or_else(|| self.queue.pop_front()),
         }?;
-        self.in_flight.push(copy.message.id);
-        Some(copy)
+        self.in_flight.push((job.id(), job.is_stored()));
+        Some(job)
     }
 
-    fn pick_deferred(&mut self, now: Instant) -> Option<Copy> {
+    fn pick_deferred(&mut self, now: Instant) -> Option<Job> {
         let due = self.deferred.first_entry().filter(|first| first.key().0 <= now)?;
-        Some(due.remove())
+        Some(Job::Held(due.remove()))
     }
 
-    fn landed(&mut self, copy: &Copy) {
-        if let Some(at) = self.in_flight.iter().position(|&id| id == copy.message.id) {
+    fn landed(&mut self, id: QueueId) {
+        if let Some(at) = self.in_flight.iter().position(|(other, _)| *other == id) {
             self.in_flight.swap_remove(at);
         }
+    }
+
+    /// The spool is to be read again, from this time on.
+    fn wants_pass(&mut self, at: Instant) {
+        self.pass_at = Some(self.pass_at.map_or(at, |other| other.min(at)));
+    }
+
+    /// It is time to read the spool, or to read on.
+    fn is_pass_due(&self, now: Instant) -> bool {
+        let is_due = self.reader.is_some() || self.pass_at.is_some_and(|at| at <= now);
+        is_due && self.alive.is_some() && !self.is_reading
     }
 }
 

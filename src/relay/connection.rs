@@ -226,23 +226,25 @@ impl Connection {
         self.write(part, Step::Message, deadline, self.limits.data)
     }
 
-    /// Sends a whole message that lies in a file, `length` octets from its beginning.
+    /// Sends a whole message that lies in a file, `length` octets from `start` on.
     ///
     /// # Errors
     /// As [`Connection::send_message`]; an unreadable file is [`Failure::Lost`].
     pub fn send_file(
         &mut self,
         file: &File,
+        start: u64,
         length: u64,
         deadline: Deadline,
     ) -> Result<(), Failure> {
         self.at_rest = false;
-        let mut offset = 0;
+        let mut offset = start as i64;
+        let end = start + length;
         let mut until = deadline.renewed(self.limits.data);
-        while (offset as u64) < length {
+        while (offset as u64) < end {
             // In pieces, for what a server says in mid-message is not its word on the whole.
             self.check_quiet(Step::Message)?;
-            let rest = (length - offset as u64).min(FILE_PIECE) as usize;
+            let rest = (end - offset as u64).min(FILE_PIECE) as usize;
             match sendfile(&self.stream, file, Some(&mut offset), rest) {
                 Ok(0) => return Err(Failure::Lost(Step::Message)),
                 Ok(_) => until = deadline.renewed(self.limits.data),

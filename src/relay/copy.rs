@@ -14,6 +14,7 @@ use crate::shutdown::{Deadline, Shutdown};
 use crate::smtp::command::Relayed;
 use crate::smtp::envelope::{Path, split_parameter};
 use crate::smtp::reply::{Class, Reply};
+use crate::spool::claim::Claim;
 
 /// What one backup is still owed of a message.
 #[derive(Debug)]
@@ -24,6 +25,8 @@ pub struct Copy {
     pub owed: Vec<usize>,
     /// How often it was tried.
     pub attempts: u32,
+    /// For one of the spool, while it is being tried: nobody else may.
+    pub claim: Option<Claim>,
 }
 
 /// What became of an attempt in which the backup answered everything.
@@ -44,7 +47,23 @@ impl Copy {
     /// A copy for all recipients.
     pub fn new(message: &Arc<Message>) -> Copy {
         let owed = (0..message.envelope.forward_paths.len()).collect();
-        Copy { message: Arc::clone(message), owed, attempts: 0 }
+        Copy { message: Arc::clone(message), owed, attempts: 0, claim: None }
+    }
+
+    /// A copy of the spool, of which somebody has taken hold: what is owed of it.
+    pub fn claimed(mut self, claim: Claim) -> Copy {
+        self.attempts = claim.owed.attempts;
+        if let Some(places) = &claim.owed.places {
+            let most = self.message.envelope.forward_paths.len();
+            self.owed = places.iter().copied().filter(|&place| place < most).collect();
+        }
+        self.claim = Some(claim);
+        self
+    }
+
+    /// It is in the spool: nothing of it is lost when this goes.
+    pub fn is_stored(&self) -> bool {
+        self.message.place.is_some()
     }
 
     /// A recipient by its place in the envelope.
@@ -156,7 +175,9 @@ impl Copy {
         let deadline = Deadline::of_copy(connection.limits().data, shutdown);
         let sent = connection.check_quiet(Step::Message).and_then(|()| match &self.message.body {
             Body::Memory(octets) => connection.send_message(octets, deadline),
-            Body::File(file, length) => connection.send_file(file, *length, deadline),
+            Body::File { file, start, length } => {
+                connection.send_file(file, *start, *length, deadline)
+            }
         });
         match sent {
             Ok(()) => {}

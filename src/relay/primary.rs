@@ -306,11 +306,8 @@ impl<'a> Primary<'a> {
         sent.map_err(|failure| self.fail(failure))
     }
 
-    /// Passes on the last part of the message, with its final dot, and waits for the answer.
-    pub fn end(&mut self, part: &[u8]) -> Reply {
-        if let Err(reply) = self.message(part) {
-            return reply;
-        }
+    /// Waits for the answer to the whole message, of which the last part was passed on.
+    pub fn verdict(&mut self) -> Reply {
         let answer = match &mut self.connection {
             Some(connection) => {
                 connection.reply(Step::EndOfData, Deadline::uncut(self.pool.limits().data))

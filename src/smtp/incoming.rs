@@ -1,14 +1,17 @@
 //! A message while it comes in: made canonical, counted, and collected for the backups.
 //!
 //! `session` feeds it what it reads and passes on to the primary what it gives. It holds little:
-//! what is not yet passed on, and for the backups up to [`MEMORY_THRESHOLD`], past which a
-//! temporary file takes the rest.
+//! what is not yet passed on, and for the backups up to [`MEMORY_THRESHOLD`], past which the spool
+//! or a temporary file has the rest.
+
+use std::io;
 
 use super::envelope::Envelope;
 use super::session::Shared;
 use super::wire::{BodyDecoder, Decoded, Input};
 use crate::buffers::Buffers;
-use crate::message::{Collector, MEMORY_THRESHOLD, Message, NoCopy, QueueId};
+use crate::maillog;
+use crate::message::{Collected, Collector, MEMORY_THRESHOLD, QueueId};
 
 /// No more of a Message-ID is logged, in octets.
 const MAX_MESSAGE_ID: usize = 250;
@@ -22,8 +25,10 @@ pub struct Incoming<'a> {
     buffers: &'a Buffers,
     /// The canonical form: of all, while that is little; else of what is not yet passed on.
     octets: Vec<u8>,
-    /// How many of `octets` were passed on.
+    /// How many of `octets` were passed on …
     passed: usize,
+    /// … and how many are in the spool, if there is one.
+    stored: usize,
     collector: Option<Collector>,
     /// Octets of the wire form so far.
     octets_in: u64,
@@ -32,13 +37,15 @@ pub struct Incoming<'a> {
 }
 
 impl<'a> Incoming<'a> {
-    pub fn new(shared: &Shared<'a>, copies: bool) -> Incoming<'a> {
+    /// Nothing has come yet. `copies` collects for the backups, if there are any.
+    pub fn new(shared: &Shared<'a>, copies: Option<Collector>) -> Incoming<'a> {
         Incoming {
             decoder: BodyDecoder::new(),
             buffers: shared.buffers,
             octets: shared.buffers.take_out(),
             passed: 0,
-            collector: copies.then(|| Collector::new(shared.budget)),
+            stored: 0,
+            collector: copies,
             octets_in: 0,
             message_id: None,
         }
@@ -54,9 +61,10 @@ impl<'a> Incoming<'a> {
         }
         self.octets_in += grown as u64;
         if self.collector.as_mut().is_some_and(|collector| !collector.count(grown)) {
-            // Nothing has to be kept any more but what is not yet passed on.
+            // Nothing has to be kept any more but what is not yet passed on; that is stored then.
             self.octets.drain(..self.passed);
             self.passed = 0;
+            self.stored = 0;
         }
         match decoded {
             Decoded::More => {
@@ -82,26 +90,59 @@ impl<'a> Incoming<'a> {
         &self.octets[self.passed..]
     }
 
-    /// All was passed on, or (`wanted` is false) the message is no longer wanted at all.
-    pub fn sent(&mut self, wanted: bool) {
-        if !wanted {
-            self.collector = None;
-        }
+    /// All that has come was passed on.
+    ///
+    /// # Errors
+    /// Those of the spool, which then has none of the message.
+    pub fn sent(&mut self) -> io::Result<()> {
+        let stored = self.store();
         self.passed = self.octets.len();
         if let Some(collector) = &mut self.collector {
             if self.octets.len() < MEMORY_THRESHOLD {
-                return;
+                return stored;
             }
             collector.spill(&self.octets);
         }
-        self.octets.clear();
-        self.passed = 0;
+        self.forget();
+        stored
     }
 
-    /// The whole message, if there are backups to copy it to.
-    pub fn finish(mut self, id: QueueId, envelope: Envelope) -> Option<Result<Message, NoCopy>> {
+    /// The message is no longer wanted at all.
+    pub fn unwanted(&mut self) {
+        self.collector = None;
+        self.forget();
+    }
+
+    fn forget(&mut self) {
+        self.octets.clear();
+        self.passed = 0;
+        self.stored = 0;
+    }
+
+    /// Writes what has come to the spool.
+    fn store(&mut self) -> io::Result<()> {
+        let new = &self.octets[self.stored..];
+        self.stored = self.octets.len();
+        match &mut self.collector {
+            Some(collector) if !new.is_empty() => collector.store(new),
+            _ => Ok(()),
+        }
+    }
+
+    /// All has come: makes it durable in the spool, if there is one.
+    ///
+    /// # Errors
+    /// Those of the spool, which then has none of the message.
+    pub fn secure(&mut self) -> io::Result<()> {
+        self.store()?;
+        self.collector.as_mut().map_or(Ok(()), Collector::secure)
+    }
+
+    /// The whole message, if there are backups to copy it to. From here on it is owed.
+    pub fn finish(mut self, id: QueueId, envelope: Envelope) -> Option<Collected> {
         let collector = self.collector.take()?;
-        Some(collector.finish(id, envelope, &self.octets))
+        let complain = |error: &io::Error| maillog::spool_failed(id, error);
+        Some(collector.finish(id, envelope, &self.octets, complain))
     }
 }
 

@@ -24,6 +24,7 @@ use crate::relay::agent::Agents;
 use crate::relay::pool::Pool;
 use crate::relay::primary::{MAX_UNANSWERED, Primary, stopping};
 use crate::shutdown::{Deadline, Expired, Shutdown, TICK};
+use crate::spool::Spool;
 
 /// Commands that are unknown, malformed or out of order, one after the other, before the client
 /// is cut off. What the primary refuses does not count.
@@ -41,8 +42,12 @@ pub struct Shared<'a> {
     pub timeout: Duration,
     /// Connections to the primary.
     pub primary: &'a Pool,
-    /// Memory for copies.
+    /// Memory for copies …
     pub budget: &'a Arc<Budget>,
+    /// … their place on disk, if there is one …
+    pub spool: Option<Arc<Spool>>,
+    /// … and for whom they are.
+    pub backups: Arc<[String]>,
     /// Big buffers, for messages.
     pub buffers: &'a Buffers,
     /// The end of the program.

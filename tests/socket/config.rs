@@ -325,10 +325,11 @@ fn a_mistake_is_one_line_with_key_value_and_remedy() {
             &["destination_primary", "relay.destination_primary"],
         ),
         ("SMTP:\n  listen: a:25\n".into(), &["SMTP", "smtp"]),
+        (relay("spool: spool/here"), &["relay.spool", "spool/here", "begins with /"]),
+        (relay("spool_required: maybe"), &["relay.spool_required", "maybe", "true nor false"]),
+        (relay("spool_required: true"), &["relay.spool_required", "set relay.spool"]),
+        (relay("retry_for_seconds: 0"), &["relay.retry_for_seconds", "0", "from 1"]),
         // Keys that come with later versions.
-        (relay("spool: /var/spool/smtp-dup"), &["relay.spool"]),
-        (relay("spool_required: true"), &["relay.spool_required"]),
-        (relay("retry_for_seconds: 5"), &["relay.retry_for_seconds"]),
         (smtp("tls_certificate: /etc/cert.pem"), &["smtp.tls_certificate"]),
         (smtp("tls_key: /etc/key.pem"), &["smtp.tls_key"]),
         (

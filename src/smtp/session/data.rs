@@ -3,26 +3,30 @@
 //! `session` enters here when the primary has said 354 and leaves with one reply, the primary's,
 //! or the failure that kept the message from it.
 
+use std::io;
 use std::time::Instant;
 
 use super::{End, Session, Transaction, expiry};
 use crate::maillog;
+use crate::message::{Collected, Collector, QueueId};
 use crate::shutdown::Deadline;
+use crate::smtp::envelope::Envelope;
 use crate::smtp::grammar::Step;
 use crate::smtp::incoming::Incoming;
 use crate::smtp::reply::{Class, Reply};
+use crate::spool::draft::Draft;
 
 /// This much of a message is passed on at once, if the client sends it without a pause.
 const PASS_ON: usize = 64 * 1024;
 
-impl Session<'_, '_, '_> {
+impl<'a> Session<'a, '_, '_> {
     /// Receives the message behind a 354 and passes it on while it comes.
     pub(super) fn receive(&mut self) -> Result<(), End> {
         let Some(Transaction { id, envelope }) = self.transaction.take() else { return Ok(()) };
         let begun = Instant::now();
         self.client.flush()?;
-        let mut message = Incoming::new(self.shared, self.agents.are_wanted());
-        let reply = match self.pass_on(&mut message) {
+        let (mut message, opened) = self.open(id, &envelope);
+        let reply = match self.pass_on(&mut message, id, opened) {
             Ok(reply) => reply,
             Err(end) => {
                 self.primary.abort();
@@ -41,8 +45,9 @@ impl Session<'_, '_, '_> {
         maillog::message(&seen, relay, begun, &reply);
         if reply.class() == Class::Success {
             match message.finish(id, envelope) {
-                Some(Ok(message)) => self.agents.take(message),
-                Some(Err(why)) => self.agents.lose(id, &why),
+                Some(Collected::Held(message)) => self.agents.take(message),
+                Some(Collected::Stored) => self.agents.look(),
+                Some(Collected::Lost(why)) => self.agents.lose(id, &why),
                 None => {}
             }
         }
@@ -56,10 +61,30 @@ impl Session<'_, '_, '_> {
         Ok(())
     }
 
+    /// Begins to collect a message for the backups, if there are any, in the spool if there is one.
+    /// Gives also whether it may be passed on at all.
+    fn open(&self, id: QueueId, envelope: &Envelope) -> (Incoming<'a>, Result<(), Reply>) {
+        let shared = self.shared;
+        if !self.agents.are_wanted() {
+            return (Incoming::new(shared, None), Ok(()));
+        }
+        let mut opened = Ok(());
+        let draft = shared.spool.as_ref().and_then(|spool| {
+            let draft = Draft::begin(spool, id, envelope, &shared.backups);
+            draft.map_err(|error| opened = self.kept(Err(error), id)).ok()
+        });
+        (Incoming::new(shared, Some(Collector::new(shared.budget, draft))), opened)
+    }
+
     /// Reads the message to its end. Gives the reply to it: the primary's, or the failure that
-    /// kept it from the primary.
-    fn pass_on(&mut self, message: &mut Incoming) -> Result<Reply, End> {
-        let mut outcome = Ok(());
+    /// kept it from the primary; from the beginning if it was not `opened`.
+    fn pass_on(
+        &mut self,
+        message: &mut Incoming,
+        id: QueueId,
+        opened: Result<(), Reply>,
+    ) -> Result<Reply, End> {
+        let mut outcome = opened;
         self.client.hold_much();
         if self.client.input.unread().is_empty() {
             self.read_message()?;
@@ -67,25 +92,65 @@ impl Session<'_, '_, '_> {
         loop {
             let ended = message.decode(&mut self.client.input);
             if outcome.is_ok() && self.is_too_big(message.size()) {
-                self.primary.abort();
                 maillog::over_limit(self.client.address, &self.too_big(), "smtp.max_message_size");
                 outcome = Err(self.too_big());
             }
-            if ended {
-                return Ok(match outcome {
-                    Ok(()) => self.primary.end(message.unsent()),
-                    Err(reply) => reply,
-                });
+            if outcome.is_ok() {
+                if ended {
+                    return Ok(self.pass_on_end(message, id));
+                }
+                if message.unsent().len() < PASS_ON && self.client.read_now()? {
+                    continue;
+                }
+                if !message.unsent().is_empty() {
+                    outcome = self.primary.message(message.unsent());
+                }
+                if outcome.is_ok() {
+                    outcome = self.kept(message.sent(), id);
+                }
             }
-            let read = message.unsent().len() < PASS_ON && self.client.read_now()?;
-            if read {
-                continue;
+            if let Err(reply) = &outcome {
+                // The rest is read for the sake of the client, who hears the reply at its end.
+                self.primary.abort();
+                message.unwanted();
+                if ended {
+                    return Ok(reply.clone());
+                }
             }
-            if outcome.is_ok() && !message.unsent().is_empty() {
-                outcome = self.primary.message(message.unsent());
-            }
-            message.sent(outcome.is_ok());
             self.read_message()?;
+        }
+    }
+
+    /// Passes on the last part, with the final dot, and waits for the primary's word. Meanwhile
+    /// the spool makes the message durable; before that if it has to.
+    fn pass_on_end(&mut self, message: &mut Incoming, id: QueueId) -> Reply {
+        if self.is_spool_required()
+            && let Err(reply) = self.kept(message.secure(), id)
+        {
+            self.primary.abort();
+            return reply;
+        }
+        if let Err(reply) = self.primary.message(message.unsent()) {
+            return reply;
+        }
+        if !self.is_spool_required() {
+            // A failure was logged, and memory has to do.
+            let _ = self.kept(message.secure(), id);
+        }
+        self.primary.verdict()
+    }
+
+    fn is_spool_required(&self) -> bool {
+        self.shared.spool.as_ref().is_some_and(|spool| spool.settings().required)
+    }
+
+    /// Logs a failure of the spool, which costs the mail its way only if the spool is required.
+    fn kept(&self, stored: io::Result<()>, id: QueueId) -> Result<(), Reply> {
+        let Err(error) = stored else { return Ok(()) };
+        maillog::spool_failed(id, &error);
+        match self.is_spool_required() {
+            true => Err(Reply::new(452, "4.3.1", "no place for copies (relay.spool_required)")),
+            false => Ok(()),
         }
     }
 

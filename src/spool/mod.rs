@@ -1,0 +1,217 @@
+//! Copies on disk: no copy is lost, whatever dies when.
+//!
+//! `smtp::session` stores a message here while it streams and commits it before its client hears
+//! 250; the delivery agents of any number of processes take copies out ([`claim`], [`reader`]).
+//! smtp-dup-spool(5) describes the same files for people.
+//!
+//! ```text
+//! tmp/ID                      being written, locked by its writer
+//! queue/2026112309/           one folder an hour (UTC), for an order that is roughly that of time
+//!     ID.mail                 envelope and body as batch SMTP (RFC 2442), never changed
+//!     ID.to.new.example:25    what that backup is still owed; empty: all, and not tried yet
+//! failed/                     the same pair, with the replies that refused
+//! damaged/                    what could not be read
+//! hold/new.example:25         that backup is down: the next probe, the last reply
+//! ```
+//!
+//! A message is committed by the rename of `tmp/ID` to `ID.mail`. In this order:
+//!
+//! | step | after a crash behind it | what [`Spool::sweep`] does |
+//! |---|---|---|
+//! | `tmp/ID` is written | a file in `tmp/` that nobody has locked | removes it: no 250 was said |
+//! | it is fsynced | the same | the same |
+//! | `ID.to.*` are made | these too, without `ID.mail` | removes them: no 250 was said |
+//! | `tmp/ID` becomes `ID.mail` | a message that is owed | nothing: it is delivered. The primary has it; the client did not hear 250 and sends again |
+//! | the folder is fsynced | the same, after a power loss too | nothing |
+//! | 250 | the same | nothing |
+//! | a backup has it: `ID.to.B` goes | the others stay owed | nothing |
+//! | the last `ID.to.*` goes | `ID.mail` that is owed to nobody | removes it |
+//! | `ID.mail` goes | nothing is left | |
+//!
+//! Between a backup's 250 and the removal of `ID.to.B` a crash makes that backup get the copy
+//! twice: copies are at-least-once.
+//!
+//! A claim is an exclusive flock(2) on `ID.to.B`. A new state of it is a new file, put in place by
+//! rename, so that a lock may turn out to be on a file that is no more: that is looked at after
+//! locking. Whoever removes the last `ID.to.*` removes `ID.mail`; which there can be is written in
+//! `ID.mail` itself, so that nobody has to read the folder for it.
+
+pub mod claim;
+pub mod draft;
+pub mod hold;
+pub mod reader;
+mod sweep;
+
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use nix::fcntl::{Flock, FlockArg};
+use nix::unistd::Uid;
+
+use crate::message::QueueId;
+use crate::relay::destination::Destination;
+
+/// What stands between the id and the backup in the name of a copy.
+const TO: &str = ".to.";
+
+/// The end of the name of a message.
+const MAIL: &str = ".mail";
+
+/// Free space that is left to others, in octets.
+const RESERVE: u64 = 64 * 1024 * 1024;
+
+/// A folder of spooled messages, shared by any number of processes of one user.
+#[derive(Debug)]
+pub struct Spool {
+    root: PathBuf,
+    settings: Settings,
+}
+
+/// What the configuration says of the spool.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Settings {
+    /// `relay.spool`.
+    pub folder: PathBuf,
+    /// `relay.spool_required`: no mail without a place for its copies.
+    pub required: bool,
+    /// `relay.retry_for_seconds`: a copy that is older goes to `failed/`.
+    pub retry_for: Duration,
+}
+
+/// A message in the queue.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Entry {
+    /// The hour of its commit, as a number like 2026112309.
+    hour: u32,
+    /// Its name.
+    pub id: QueueId,
+}
+
+impl Spool {
+    /// Opens the spool, and makes it where it is not there yet.
+    ///
+    /// # Errors
+    /// A text that says what is wrong with the folder and what to do.
+    pub fn open(settings: &Settings) -> Result<Spool, String> {
+        let root = settings.folder.clone();
+        let wrong = |what: String| format!("relay.spool: {}: {what}", root.display());
+        let failed = |error: io::Error| wrong(error.to_string());
+        make_folder(&root).map_err(failed)?;
+        let folder = fs::metadata(&root).map_err(failed)?;
+        let (owner, user) = (Uid::from_raw(folder.uid()), Uid::effective());
+        if owner != user {
+            return Err(wrong(format!(
+                "belongs to user {owner}, and this is user {user}: run all of smtp-dup as one \
+                 user, or chown -R the folder to it"
+            )));
+        }
+        if folder.mode() & 0o077 != 0 {
+            return Err(wrong(format!(
+                "others may look into it (mode {:04o}); chmod 700",
+                folder.mode() & 0o7777
+            )));
+        }
+        for name in ["tmp", "queue", "failed", "damaged", "hold"] {
+            make_folder(&root.join(name)).map_err(failed)?;
+        }
+        sync_folder(&root).map_err(failed)?;
+        let spool = Spool { root, settings: settings.clone() };
+        spool.try_locks()?;
+        Ok(spool)
+    }
+
+    /// Makes sure that a lock keeps others out. On some network file systems it does not.
+    fn try_locks(&self) -> Result<(), String> {
+        let path = self.tmp().join(format!("lock-{}", std::process::id()));
+        let failed = |error: io::Error| format!("relay.spool: {}: {error}", path.display());
+        let open = || create(&path, true).map_err(failed);
+        let first = Flock::lock(open()?, FlockArg::LockExclusiveNonblock);
+        let second = Flock::lock(open()?, FlockArg::LockExclusiveNonblock);
+        fs::remove_file(&path).map_err(failed)?;
+        match (first, second) {
+            (Ok(_), Err(_)) => Ok(()),
+            _ => Err(format!(
+                "relay.spool: {}: flock(2) does not work on this file system; choose a local one",
+                self.root.display()
+            )),
+        }
+    }
+
+    /// What the configuration says of it.
+    pub fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    fn tmp(&self) -> PathBuf {
+        self.root.join("tmp")
+    }
+
+    fn queue(&self) -> PathBuf {
+        self.root.join("queue")
+    }
+
+    fn failed(&self) -> PathBuf {
+        self.root.join("failed")
+    }
+
+    fn hour(&self, entry: Entry) -> PathBuf {
+        self.queue().join(format!("{:010}", entry.hour))
+    }
+
+    fn mail(&self, entry: Entry) -> PathBuf {
+        self.hour(entry).join(format!("{}{MAIL}", entry.id))
+    }
+
+    fn copy(&self, entry: Entry, backup: &str) -> PathBuf {
+        self.hour(entry).join(format!("{}{TO}{backup}", entry.id))
+    }
+
+    /// Removes a message that is owed to nobody any more.
+    fn settle(&self, entry: Entry, backups: &[String]) -> io::Result<()> {
+        if backups.iter().any(|backup| self.copy(entry, backup).exists()) {
+            return Ok(());
+        }
+        ignore_missing(fs::remove_file(self.mail(entry)))
+    }
+}
+
+/// The backups' names as they stand in file names.
+pub fn names(backups: &[Destination]) -> Vec<String> {
+    backups.iter().map(Destination::to_string).collect()
+}
+
+/// Makes a folder that is for its owner alone; one that is there already stays as it is.
+fn make_folder(path: &Path) -> io::Result<()> {
+    match DirBuilder::new().mode(0o700).create(path) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+        made => made,
+    }
+}
+
+/// A file to write, for its owner alone; `again` when it may be there already.
+fn create(path: &Path, again: bool) -> io::Result<File> {
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).mode(0o600).custom_flags(nix::libc::O_NOFOLLOW);
+    if again {
+        options.create(true).truncate(true)
+    } else {
+        options.create_new(true)
+    };
+    options.open(path)
+}
+
+/// Makes the names in a folder durable.
+fn sync_folder(path: &Path) -> io::Result<()> {
+    File::open(path)?.sync_all()
+}
+
+/// Removing what has gone already is done.
+fn ignore_missing(result: io::Result<()>) -> io::Result<()> {
+    match result {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
+}

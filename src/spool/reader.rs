@@ -1,0 +1,100 @@
+//! What is owed to one backup, read from the folders a little at a time.
+//!
+//! The folders are the queue: a million copies that wait take no memory. Oldest hour first; within
+//! an hour in whatever order the file system has them.
+
+use std::collections::VecDeque;
+use std::fs::{self, ReadDir};
+use std::io;
+use std::path::PathBuf;
+use std::time::SystemTime;
+
+use super::{Entry, Spool, TO};
+use crate::message::QueueId;
+
+/// One pass over all that is owed to a backup.
+#[derive(Debug)]
+pub struct Reader {
+    end: String,
+    /// Hours that are still to be read.
+    hours: VecDeque<(u32, PathBuf)>,
+    open: Option<(u32, ReadDir)>,
+}
+
+/// A copy that was found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Found {
+    /// Its message.
+    pub entry: Entry,
+    /// Not to be tried before this time.
+    pub due: SystemTime,
+}
+
+impl Spool {
+    /// Begins a pass for `backup`.
+    ///
+    /// # Errors
+    /// Those of readdir(3).
+    pub fn reader(&self, backup: &str) -> io::Result<Reader> {
+        Ok(Reader { end: format!("{TO}{backup}"), hours: self.hours()?.into(), open: None })
+    }
+
+    /// The folders of the queue, oldest first. What is no hour is nothing of ours.
+    pub(super) fn hours(&self) -> io::Result<Vec<(u32, PathBuf)>> {
+        let mut hours = Vec::new();
+        for folder in fs::read_dir(self.queue())? {
+            let folder = folder?;
+            let name = folder.file_name();
+            if let Some(hour) = name.to_str().filter(|name| name.len() == 10)
+                && let Ok(hour) = hour.parse()
+                && folder.file_type().is_ok_and(|kind| kind.is_dir())
+            {
+                hours.push((hour, folder.path()));
+            }
+        }
+        hours.sort_unstable();
+        Ok(hours)
+    }
+}
+
+impl Reader {
+    /// At most `count` more copies. Fewer mean that the pass is over.
+    ///
+    /// # Errors
+    /// Those of readdir(3); the pass goes on with the next folder.
+    pub fn read(&mut self, count: usize) -> io::Result<Vec<Found>> {
+        let mut all = Vec::new();
+        while all.len() < count {
+            let Some((hour, folder)) = &mut self.open else {
+                let Some((hour, path)) = self.hours.pop_front() else { break };
+                match fs::read_dir(path) {
+                    Ok(folder) => self.open = Some((hour, folder)),
+                    // An hour whose messages have all gone was removed.
+                    Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                    Err(error) => return Err(error),
+                }
+                continue;
+            };
+            let hour = *hour;
+            match folder.next() {
+                Some(Ok(file)) => {
+                    let name = file.file_name();
+                    let id = name.to_str().and_then(|name| name.strip_suffix(&self.end));
+                    if let Some(id) = id.and_then(QueueId::parse)
+                        && let Ok(about) = file.metadata()
+                    {
+                        let entry = Entry { hour, id };
+                        let due = about.modified().unwrap_or(SystemTime::UNIX_EPOCH);
+                        all.push(Found { entry, due });
+                    }
+                }
+                Some(Err(error)) => {
+                    self.open = None;
+                    return Err(error);
+                }
+                None => self.open = None,
+            }
+        }
+        Ok(all)
+    }
+}

@@ -1,0 +1,106 @@
+//! What a crash has left, settled at the start. The table at the head of [`super`] has the states.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io;
+use std::time::{Duration, SystemTime};
+
+use nix::fcntl::{Flock, FlockArg};
+
+use super::{Entry, MAIL, Spool, TO, ignore_missing};
+use crate::message::QueueId;
+
+/// An hour is left alone while somebody may just be committing to it.
+const YOUNG: Duration = Duration::from_secs(2 * 3600);
+
+/// What there is, by backup.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Census {
+    /// Copies that are owed.
+    pub owed: BTreeMap<String, u64>,
+}
+
+impl Spool {
+    /// Removes what was never committed or is owed to nobody, and counts the rest. To be called
+    /// once, at the start of a process that stays; others may be at work meanwhile.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub fn sweep(&self, backups: &[String]) -> io::Result<Census> {
+        self.sweep_drafts()?;
+        let mut census = Census::default();
+        for (hour, folder) in self.hours()? {
+            for file in fs::read_dir(&folder)? {
+                let name = file?.file_name();
+                let Some(name) = name.to_str() else { continue };
+                if let Some(id) = name.strip_suffix(MAIL).and_then(QueueId::parse) {
+                    self.sweep_mail(Entry { hour, id }, backups)?;
+                } else if let Some((id, backup)) = name.split_once(TO)
+                    && let Some(id) = QueueId::parse(id)
+                    && self.sweep_copy(Entry { hour, id }, backup)?
+                {
+                    *census.owed.entry(backup.into()).or_default() += 1;
+                }
+            }
+            self.remove_hour(&folder)?;
+        }
+        Ok(census)
+    }
+
+    /// Drafts whose writer is gone: nobody has them locked.
+    fn sweep_drafts(&self) -> io::Result<()> {
+        for file in fs::read_dir(self.tmp())? {
+            let path = file?.path();
+            let Ok(open) = File::open(&path) else { continue };
+            // States that are about to be put in place are never locked, and there for a moment.
+            let is_young = open.metadata()?.modified().is_ok_and(|at| {
+                SystemTime::now().duration_since(at).is_ok_and(|age| age < Duration::from_secs(60))
+            });
+            let is_draft = path.file_name().and_then(|name| name.to_str()).and_then(QueueId::parse);
+            if is_draft.is_none() && is_young {
+                continue;
+            }
+            if Flock::lock(open, FlockArg::LockExclusiveNonblock).is_ok() {
+                ignore_missing(fs::remove_file(&path))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// False, and removed, when there is no message to a copy: its writer is gone before the
+    /// commit, or is just about to make it.
+    fn sweep_copy(&self, entry: Entry, backup: &str) -> io::Result<bool> {
+        let is_there = || self.mail(entry).exists();
+        // In this order: the message moves from the one place to the other.
+        if is_there() || self.tmp().join(entry.id.to_string()).exists() || is_there() {
+            return Ok(true);
+        }
+        ignore_missing(fs::remove_file(self.copy(entry, backup)))?;
+        Ok(false)
+    }
+
+    /// Removes a message that is owed to nobody, neither to the `backups` of today nor to those
+    /// that it was written for.
+    fn sweep_mail(&self, entry: Entry, backups: &[String]) -> io::Result<()> {
+        if backups.iter().any(|backup| self.copy(entry, backup).exists()) {
+            return Ok(());
+        }
+        match self.load(entry) {
+            Ok(mail) => self.settle(entry, &mail.backups),
+            // Gone meanwhile, or moved aside.
+            Err(_) => Ok(()),
+        }
+    }
+
+    /// An hour that is over, when nothing is left of it.
+    fn remove_hour(&self, folder: &std::path::Path) -> io::Result<()> {
+        let is_old = fs::metadata(folder)?
+            .modified()
+            .is_ok_and(|at| SystemTime::now().duration_since(at).is_ok_and(|age| age > YOUNG));
+        if is_old {
+            // Fails when something is in it, as it should.
+            let _ = fs::remove_dir(folder);
+        }
+        Ok(())
+    }
+}
