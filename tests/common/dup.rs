@@ -2,6 +2,7 @@
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread;
@@ -234,9 +235,18 @@ fn read_all(mut pipe: impl Read) -> Vec<u8> {
     octets
 }
 
+/// The program under test: what cargo built, or the one that DUP_BINARY names, such as the small
+/// one of `make test-small`.
+pub fn binary() -> PathBuf {
+    match std::env::var_os("DUP_BINARY") {
+        Some(binary) => PathBuf::from(binary),
+        None => PathBuf::from(env!("CARGO_BIN_EXE_smtp-dup")),
+    }
+}
+
 /// The program in a folder of its own, free of what the environment says.
 fn command(folder: &TempDir, yaml: Option<&str>) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_smtp-dup"));
+    let mut command = Command::new(binary());
     command.current_dir(folder.path());
     for (name, _) in std::env::vars_os() {
         if name.to_string_lossy().starts_with("SMTP_DUP_") || name == "RUST_LOG" {

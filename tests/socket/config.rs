@@ -13,7 +13,7 @@ fn start_bare(prepare: impl FnOnce(&mut Command, &Path)) -> Dup {
     Dup::start_with(
         |command| {
             let folder = command.get_current_dir().unwrap().to_path_buf();
-            let mut bare = Command::new(env!("CARGO_BIN_EXE_smtp-dup"));
+            let mut bare = Command::new(binary());
             bare.current_dir(&folder);
             bare.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
             // As in the command that this takes the place of.
@@ -572,7 +572,7 @@ fn a_file_that_cannot_be_read() {
         assert_refused(&run(&["--config", &path, "check"], None, &[]), &[&path]);
     }
     // One that is found must not be passed over either.
-    let output = Command::new(env!("CARGO_BIN_EXE_smtp-dup"))
+    let output = Command::new(binary())
         .current_dir({
             std::fs::create_dir(path("config.yaml")).unwrap();
             folder.path()
