@@ -1,16 +1,19 @@
 //! Keeps what is written about smtp-dup true: the keys are the same in code, sample and manual,
-//! the examples are configurations that it accepts, and the manuals are well-formed.
+//! the examples are configurations that it accepts, README and manuals show the files of etc/, the
+//! manuals and units are well-formed, and the Makefile installs all of it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::{BufRead, BufReader, ErrorKind, Write};
 use std::net::TcpListener;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Output};
 use std::thread;
 
 use serde_yaml::{Mapping, Value};
 use smtp_dup::config::{Config, KEYS};
+use tempfile::TempDir;
 
 const PRIMARY: &str = "SMTP_DUP_RELAY_DESTINATION_PRIMARY";
 
@@ -153,71 +156,309 @@ fn the_manual_has_every_default() {
     }
 }
 
-/// The literal blocks of a manual, or the code blocks of a Markdown file.
-fn examples(name: &str) -> Vec<String> {
-    let whole = text(name);
-    let (begin, end) = if name.ends_with(".md") {
-        ("\n```yaml\n", "\n```\n")
-    } else {
-        ("\n.Bd -literal -offset indent\n", "\n.Ed\n")
-    };
-    let blocks = whole.split(begin).skip(1).map(|rest| rest.split(end).next().unwrap_or(rest));
-    blocks.map(String::from).collect()
+/// A block of literal text in README or manual: its language if it has one, and what it shows.
+struct Block {
+    language: String,
+    text: String,
 }
 
+/// The code blocks of a Markdown file, or the literal blocks of a manual.
+fn blocks(name: &str) -> Vec<Block> {
+    let whole = text(name);
+    let mut blocks = Vec::new();
+    let mut open: Option<Block> = None;
+    for line in whole.lines() {
+        let (fence, displayed) = (line.strip_prefix("```"), line.starts_with(".Bd "));
+        match &mut open {
+            Some(_) if fence.is_some() || line == ".Ed" => blocks.extend(open.take()),
+            Some(block) => {
+                let line = if name.ends_with(".md") { line.into() } else { unescaped(line) };
+                block.text.push_str(&line);
+                block.text.push('\n');
+            }
+            None if fence.is_some() || displayed => {
+                let language = fence.unwrap_or_default().to_string();
+                open = Some(Block { language, text: String::new() });
+            }
+            None => {}
+        }
+    }
+    assert!(open.is_none(), "{name}: a block without an end");
+    assert!(!blocks.is_empty(), "{name}: the blocks were not found");
+    blocks
+}
+
+/// A line of a literal block in a manual, as a reader sees it.
+fn unescaped(line: &str) -> String {
+    line.replace("\\&", "").replace("\\-", "-").replace("\\e", "\\")
+}
+
+/// Where snippets are shown.
+const DOCUMENTS: [&str; 3] = ["README.md", "man/smtp-dup.8", "man/smtp-dup.yaml.5"];
+
+/// The first words of the commands that a reader is told to type.
+const COMMANDS: [&str; 21] = [
+    "grep",
+    "journalctl",
+    "mailq",
+    "make",
+    "man",
+    "postconf",
+    "postfix",
+    "postmap",
+    "printf",
+    "ps",
+    "sendmail",
+    "service",
+    "smtp-dup",
+    "ss",
+    "swaks",
+    "systemctl",
+    "systemd-sysusers",
+    "tail",
+    "tcpserver",
+    "telnet",
+    "useradd",
+];
+
+/// What a block shows, if it shows commands: each line is one. In a manual a prompt tells, `$` or,
+/// where it takes root, `#`.
+fn commands(document: &str, block: &Block) -> Option<Vec<String>> {
+    let joined = block.text.replace("\\\n", " ");
+    let lines = joined.lines();
+    if document.ends_with(".md") {
+        return (block.language == "sh").then(|| lines.map(String::from).collect());
+    }
+    lines
+        .map(|line| line.strip_prefix("$ ").or(line.strip_prefix("# ")).map(String::from))
+        .collect()
+}
+
+/// The word that a command begins with, after `sudo` and variables.
+fn first_word(command: &str) -> &str {
+    let mut words = command.split_whitespace();
+    words.find(|word| *word != "sudo" && !word.starts_with("SMTP_DUP_")).unwrap_or_default()
+}
+
+/// All files below etc/.
+fn files_of_etc() -> Vec<String> {
+    fn walk(folder: &Path, found: &mut Vec<PathBuf>) {
+        for entry in fs::read_dir(folder).expect("a folder") {
+            let path = entry.expect("an entry").path();
+            if path.is_dir() { walk(&path, found) } else { found.push(path) }
+        }
+    }
+    let mut found = Vec::new();
+    walk(&path("etc"), &mut found);
+    let name = |file: &PathBuf| {
+        let name = file.strip_prefix(path("")).expect("below the repository");
+        name.to_str().expect("a plain name").to_string()
+    };
+    found.iter().map(name).collect()
+}
+
+/// The lines of a file that are no comments.
+fn without_comments(text: &str) -> String {
+    let lines = text.lines().filter(|line| !line.trim_start().starts_with('#'));
+    lines.map(|line| format!("{line}\n")).collect()
+}
+
+/// Snippets are tested as files, so what is shown must be a file, with or without its comments.
 #[test]
-fn examples_of_configurations_are_valid() {
-    for (name, least) in [("README.md", 1), ("man/smtp-dup.8", 1), ("man/smtp-dup.yaml.5", 2)] {
-        let is_configuration =
-            |block: &String| block.starts_with("smtp:\n") || block.starts_with("relay:\n");
-        let blocks: Vec<String> = examples(name).into_iter().filter(is_configuration).collect();
-        assert!(blocks.len() >= least, "{name}: the examples were not found");
-        for block in blocks {
-            if let Err(mistake) = load(&block, &[]) {
-                panic!("{name}: {mistake}\n{block}");
+fn every_snippet_is_a_file() {
+    let files: Vec<String> = files_of_etc().iter().map(|file| text(file)).collect();
+    for document in DOCUMENTS {
+        for block in blocks(document) {
+            let shown = &block.text;
+            if let Some(commands) = commands(document, &block) {
+                for command in commands {
+                    let known = COMMANDS.contains(&first_word(&command));
+                    assert!(known, "{document}: not a command that is known here: {command}");
+                }
+            } else if block.language == "log" {
+                // A queue id begins each of these lines.
+                let is_line =
+                    |line: &str| line.split_once(": ").is_some_and(|(id, _)| id.len() == 10);
+                assert!(shown.lines().all(is_line), "{document}: not lines of the log:\n{shown}");
+            } else {
+                let is_shown = |file: &String| file == shown || without_comments(file) == *shown;
+                assert!(files.iter().any(is_shown), "{document}: in no file of etc/:\n{shown}");
             }
         }
     }
 }
 
 #[test]
+fn every_file_of_etc_is_shown_or_named() {
+    let shown: Vec<String> =
+        DOCUMENTS.iter().flat_map(|name| blocks(name)).map(|block| block.text).collect();
+    let others = ["Makefile", "etc/demo.sh"].map(text);
+    let documents = DOCUMENTS.map(text).join("\n") + &others.join("\n");
+    for file in files_of_etc() {
+        let content = text(&file);
+        let name = file.rsplit('/').next().unwrap_or(&file);
+        let is_there = documents.contains(name)
+            || shown.contains(&content)
+            || shown.contains(&without_comments(&content));
+        assert!(is_there, "{file} is neither shown nor named");
+    }
+}
+
+#[test]
+fn examples_of_configurations_are_valid() {
+    let files = files_of_etc();
+    let examples: Vec<_> = files.iter().filter(|file| file.starts_with("etc/examples/")).collect();
+    assert!(!examples.is_empty(), "the examples were not found");
+    for file in examples {
+        assert!(file.ends_with(".yaml"), "{file}");
+        if let Err(mistake) = load(&text(file), &[]) {
+            panic!("{file}: {mistake}");
+        }
+    }
+}
+
+/// Runs a program that CI must have; `None` where it is missing elsewhere.
+fn run_if_there(command: &mut Command) -> Option<Output> {
+    match command.current_dir(path("")).output() {
+        Err(error) if error.kind() == ErrorKind::NotFound && std::env::var_os("CI").is_none() => {
+            eprintln!("SKIPPED, NOT TESTED: there is no {command:?} here");
+            None
+        }
+        output => Some(output.unwrap_or_else(|error| panic!("{command:?}: {error}"))),
+    }
+}
+
+#[test]
 fn the_manuals_are_well_formed() {
     let manuals = ["man/smtp-dup.8", "man/smtp-dup.yaml.5"];
-    let lint = Command::new("mandoc")
-        .args(["-T", "lint", "-W", "warning"])
-        .args(manuals)
-        .current_dir(path(""))
-        .output();
-    match lint {
-        Err(error) if error.kind() == ErrorKind::NotFound && std::env::var_os("CI").is_none() => {
-            eprintln!("not looked at: there is no mandoc here");
-        }
-        lint => {
-            let lint = lint.expect("mandoc, which CI must have, runs");
-            let found = String::from_utf8_lossy(&lint.stdout);
-            assert!(lint.status.success() && found.is_empty(), "{found}");
-        }
+    let mut lint = Command::new("mandoc");
+    if let Some(lint) = run_if_there(lint.args(["-T", "lint", "-W", "warning"]).args(manuals)) {
+        let found = String::from_utf8_lossy(&lint.stdout);
+        assert!(lint.status.success() && found.is_empty(), "{found}");
+    }
+}
+
+/// What `make` installs for packagers, with `PREFIX=/usr`, below a folder.
+struct Installed {
+    folder: TempDir,
+}
+
+impl Installed {
+    /// Installs the program that the tests were built with.
+    fn with(target: &str, variables: &[&str]) -> Installed {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let release = folder.path().join("target/release");
+        fs::create_dir_all(&release).expect("writable");
+        fs::copy(env!("CARGO_BIN_EXE_smtp-dup"), release.join("smtp-dup")).expect("writable");
+        let make = Command::new("make")
+            .args([target, "PREFIX=/usr"])
+            .arg(format!("CARGO_TARGET_DIR={}", folder.path().join("target").display()))
+            .arg(format!("DESTDIR={}", folder.path().join("stage").display()))
+            .args(variables)
+            .current_dir(path(""))
+            .env_remove("MAKEFLAGS") // those of the make that runs this test
+            .output()
+            .expect("make runs");
+        assert!(make.status.success(), "{make:?}");
+        Installed { folder }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join("stage").join(name)
+    }
+
+    fn mode(&self, name: &str) -> u32 {
+        let file = fs::metadata(self.path(name)).unwrap_or_else(|error| panic!("{name}: {error}"));
+        file.permissions().mode() & 0o7777
     }
 }
 
 /// The sample goes beside the configuration and never in its place.
 #[test]
-fn install_brings_program_manuals_and_sample() {
-    let make = Command::new("make")
-        .args(["-n", "install", "PREFIX=/prefix", "DESTDIR=/stage"])
-        .current_dir(path(""))
-        .env_remove("MAKEFLAGS") // those of the make that runs this test
-        .output()
-        .expect("make runs");
-    let commands = String::from_utf8_lossy(&make.stdout);
-    assert!(make.status.success(), "{make:?}");
-    for target in [
-        "\"/stage/prefix/bin/smtp-dup\"",
-        "\"/stage/prefix/share/man/man8/smtp-dup.8\"",
-        "\"/stage/prefix/share/man/man5/smtp-dup.yaml.5\"",
-        "\"/stage/etc/smtp-dup/config.yaml.sample\"",
+fn install_brings_all_that_belongs_to_the_program() {
+    let installed = Installed::with("install", &[]);
+    assert_eq!(installed.mode("usr/bin/smtp-dup"), 0o755);
+    for name in [
+        "etc/smtp-dup/config.yaml.sample",
+        "usr/share/man/man8/smtp-dup.8",
+        "usr/share/man/man5/smtp-dup.yaml.5",
+        "usr/lib/systemd/system/smtp-dup.service",
+        "usr/lib/systemd/system/smtp-dup.socket",
+        "usr/lib/systemd/system/smtp-dup-inetd.socket",
+        "usr/lib/systemd/system/smtp-dup-inetd@.service",
+        "usr/lib/sysusers.d/smtp-dup.conf",
+        "usr/share/doc/smtp-dup/inetd.conf",
+        "usr/share/doc/smtp-dup/migration.yaml",
+        "usr/share/doc/smtp-dup/postfix/service.master.cf",
+        "usr/share/doc/smtp-dup/systemd/port-25.conf",
     ] {
-        assert!(commands.contains(target), "no {target} in:\n{commands}");
+        assert_eq!(installed.mode(name), 0o644, "{name}");
     }
-    assert!(!commands.contains("smtp-dup/config.yaml\""), "{commands}");
+    assert!(!installed.path("etc/smtp-dup/config.yaml").exists());
+    assert!(!installed.path("usr/local").exists(), "something ignores PREFIX");
+}
+
+/// Where that is, Postfix says.
+#[test]
+fn install_postfix_puts_the_program_beside_its_daemons() {
+    // Answers what it is asked for, with a slash before it.
+    let postconf = "POSTCONF=printf '%.0s/%s'";
+    let installed = Installed::with("install-postfix", &[postconf]);
+    assert_eq!(installed.mode("daemon_directory/smtp-dup"), 0o755);
+}
+
+/// The units as they were installed, in a folder where systemd-analyze(1) finds their program.
+fn installed_units(installed: &Installed) -> Vec<PathBuf> {
+    let folder = installed.path("units");
+    fs::create_dir(&folder).expect("writable");
+    let program = format!("ExecStart={}", installed.path("usr/bin/smtp-dup").display());
+    let units = fs::read_dir(installed.path("usr/lib/systemd/system")).expect("units");
+    let copy = |unit: std::io::Result<fs::DirEntry>| {
+        let unit = unit.expect("a unit");
+        let text = fs::read_to_string(unit.path()).expect("text");
+        assert!(text.contains("ExecStart=/usr/bin/smtp-dup ") || text.contains("[Socket]"));
+        let copy = folder.join(unit.file_name());
+        fs::write(&copy, text.replace("ExecStart=/usr/bin/smtp-dup", &program)).expect("writable");
+        copy
+    };
+    units.map(copy).collect()
+}
+
+#[test]
+fn the_units_are_well_formed() {
+    let installed = Installed::with("install", &[]);
+    let units = installed_units(&installed);
+    assert_eq!(units.len(), 4, "{units:?}");
+    let mut verify = Command::new("systemd-analyze");
+    if let Some(found) = run_if_there(verify.args(["verify", "--man=no"]).args(units)) {
+        assert!(found.status.success() && found.stderr.is_empty(), "{found:?}");
+    }
+}
+
+/// In the terms of systemd-analyze(1): 0 is nothing to attack, 10 is all.
+#[test]
+fn the_services_are_hardened() {
+    let installed = Installed::with("install", &[]);
+    for unit in installed_units(&installed) {
+        if unit.extension().is_some_and(|extension| extension == "service") {
+            let mut security = Command::new("systemd-analyze");
+            security.args(["security", "--no-pager", "--offline=true", "--threshold=20"]);
+            if let Some(found) = run_if_there(security.arg(unit)) {
+                assert!(found.status.success(), "{}", String::from_utf8_lossy(&found.stdout));
+            }
+        }
+    }
+}
+
+#[test]
+fn systemd_makes_the_user() {
+    let root = tempfile::tempdir().expect("a temporary folder");
+    fs::create_dir(root.path().join("etc")).expect("writable");
+    let mut sysusers = Command::new("systemd-sysusers");
+    sysusers.arg(format!("--root={}", root.path().display()));
+    if let Some(made) = run_if_there(sysusers.arg(path("etc/sysusers.d/smtp-dup.conf"))) {
+        let users = fs::read_to_string(root.path().join("etc/passwd")).unwrap_or_default();
+        assert!(users.starts_with("smtp-dup:x:"), "{made:?}\n{users}");
+        assert!(users.ends_with("/nologin\n"), "{users}");
+    }
 }
