@@ -51,25 +51,27 @@ bench:
 
 # Builds only what is missing, so that root, who installs, needs no cargo after `make build`.
 # Never touches a config.yaml that is there: only the sample is replaced. Starts nothing.
-EXAMPLES = $(DESTDIR)$(PREFIX)/share/doc/smtp-dup
-UNITS = $(DESTDIR)$(PREFIX)/lib/systemd/system
+DOC = $(DESTDIR)$(PREFIX)/share/doc/smtp-dup
+LIB = $(DESTDIR)$(PREFIX)/lib
+MAN = $(DESTDIR)$(PREFIX)/share/man
+
+# Texts name files below /usr/local, and those that are installed the PREFIX.
+PLACE = sed -e 's,/usr/local/bin/smtp-dup,$(PREFIX)/bin/smtp-dup,g' \
+    -e 's,/usr/local/lib/,$(PREFIX)/lib/,g' -e 's,/usr/local/share/,$(PREFIX)/share/,g'
 
 install: $(RELEASE)
-	install -d "$(DESTDIR)$(PREFIX)/bin" "$(DESTDIR)$(PREFIX)/share/man/man5" \
-	    "$(DESTDIR)$(PREFIX)/share/man/man8" "$(DESTDIR)/etc/smtp-dup" "$(UNITS)" \
-	    "$(DESTDIR)$(PREFIX)/lib/sysusers.d" "$(EXAMPLES)/postfix" "$(EXAMPLES)/systemd"
+	install -d "$(DESTDIR)$(PREFIX)/bin" "$(DESTDIR)/etc/smtp-dup" "$(MAN)/man5" "$(MAN)/man8" \
+	    "$(LIB)/systemd/system" "$(LIB)/sysusers.d" "$(DOC)/postfix" "$(DOC)/systemd"
 	install -m 755 "$(RELEASE)" "$(DESTDIR)$(PREFIX)/bin/smtp-dup"
-	install -m 644 man/smtp-dup.8 "$(DESTDIR)$(PREFIX)/share/man/man8/smtp-dup.8"
-	install -m 644 man/smtp-dup.yaml.5 "$(DESTDIR)$(PREFIX)/share/man/man5/smtp-dup.yaml.5"
 	install -m 644 etc/config.yaml "$(DESTDIR)/etc/smtp-dup/config.yaml.sample"
-	install -m 644 etc/sysusers.d/smtp-dup.conf "$(DESTDIR)$(PREFIX)/lib/sysusers.d/smtp-dup.conf"
-	for unit in smtp-dup.service smtp-dup.socket smtp-dup-inetd.socket smtp-dup-inetd@.service; do \
-	    sed 's,/usr/local/bin/,$(PREFIX)/bin/,' "etc/systemd/$$unit" >"$(UNITS)/$$unit" && \
-	    chmod 644 "$(UNITS)/$$unit" || exit; \
-	done
-	install -m 644 etc/inetd.conf etc/examples/*.yaml "$(EXAMPLES)"
-	install -m 644 etc/postfix/* "$(EXAMPLES)/postfix"
-	install -m 644 etc/systemd/*.conf "$(EXAMPLES)/systemd"
+	set -e; put() { $(PLACE) "$$1" >"$$2/$${1##*/}"; chmod 644 "$$2/$${1##*/}"; }; \
+	put man/smtp-dup.8 "$(MAN)/man8"; \
+	put man/smtp-dup.yaml.5 "$(MAN)/man5"; \
+	put etc/sysusers.d/smtp-dup.conf "$(LIB)/sysusers.d"; \
+	for file in etc/systemd/*.service etc/systemd/*.socket; do put "$$file" "$(LIB)/systemd/system"; done; \
+	for file in etc/inetd.conf etc/examples/*.yaml; do put "$$file" "$(DOC)"; done; \
+	for file in etc/postfix/*; do put "$$file" "$(DOC)/postfix"; done; \
+	for file in etc/systemd/*.conf; do put "$$file" "$(DOC)/systemd"; done
 
 # Beside Postfix's own daemons, so that its master can start it.
 install-postfix: $(RELEASE)

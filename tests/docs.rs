@@ -197,7 +197,8 @@ fn unescaped(line: &str) -> String {
 const DOCUMENTS: [&str; 3] = ["README.md", "man/smtp-dup.8", "man/smtp-dup.yaml.5"];
 
 /// The first words of the commands that a reader is told to type.
-const COMMANDS: [&str; 21] = [
+const COMMANDS: [&str; 22] = [
+    "echo",
     "grep",
     "journalctl",
     "mailq",
@@ -396,6 +397,13 @@ fn install_brings_all_that_belongs_to_the_program() {
     }
     assert!(!installed.path("etc/smtp-dup/config.yaml").exists());
     assert!(!installed.path("usr/local").exists(), "something ignores PREFIX");
+    for name in
+        ["man/man8/smtp-dup.8", "doc/smtp-dup/inetd.conf", "doc/smtp-dup/postfix/spawn.master.cf"]
+    {
+        let text = fs::read_to_string(installed.path("usr/share").join(name)).expect("text");
+        assert!(!text.contains("/usr/local/bin/smtp-dup"), "{name} ignores PREFIX");
+        assert!(text.contains("/usr/bin/smtp-dup"), "{name}");
+    }
 }
 
 /// Where that is, Postfix says.
