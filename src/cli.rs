@@ -30,6 +30,17 @@ pub struct Arguments {
 pub enum Command {
     Check(Check),
     Inetd(Inetd),
+    Queue(Queue),
+    Flush(Flush),
+    Retry(Retry),
+    Drop(Drop),
+}
+
+impl Command {
+    /// It prints for people, and serves nobody.
+    pub fn is_for_people(&self) -> bool {
+        !matches!(self, Command::Inetd(_))
+    }
 }
 
 /// Read the configuration, connect to each destination, say EHLO, and print what was found. The
@@ -43,6 +54,58 @@ pub struct Check {}
 #[derive(FromArgs, Debug)]
 #[argh(subcommand, name = "inetd")]
 pub struct Inetd {}
+
+/// Show the copies that wait in the spool: for whom, since when, why, and when they are tried next.
+#[derive(FromArgs, Debug)]
+#[argh(subcommand, name = "queue")]
+pub struct Queue {
+    /// show those that were given up instead
+    #[argh(switch)]
+    pub failed: bool,
+
+    /// one JSON object a line, for programs
+    #[argh(switch)]
+    pub json: bool,
+}
+
+/// Try all copies in the spool once, now, and exit; or those of the named backups alone.
+#[derive(FromArgs, Debug)]
+#[argh(subcommand, name = "flush")]
+pub struct Flush {
+    /// host:port, as configured
+    #[argh(positional)]
+    pub backup: Vec<String>,
+}
+
+/// Send copies again that were given up, and let those that wait be due now.
+#[derive(FromArgs, Debug)]
+#[argh(subcommand, name = "retry")]
+pub struct Retry {
+    /// all that were given up, and all whose backup is configured no more
+    #[argh(switch)]
+    pub all: bool,
+
+    /// send them to this configured backup instead
+    #[argh(option, arg_name = "backup")]
+    pub to: Option<String>,
+
+    /// the messages, by the name that they have in the log
+    #[argh(positional)]
+    pub id: Vec<String>,
+}
+
+/// Give copies up and remove them, in whichever part of the spool they are.
+#[derive(FromArgs, Debug)]
+#[argh(subcommand, name = "drop")]
+pub struct Drop {
+    /// only those for this backup
+    #[argh(option, arg_name = "backup")]
+    pub backup: Option<String>,
+
+    /// the messages, by the name that they have in the log
+    #[argh(positional)]
+    pub id: Vec<String>,
+}
 
 impl Arguments {
     /// Reads the words behind the program's name.

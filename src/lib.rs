@@ -11,7 +11,7 @@
 //! - [`relay`]: the primary's side, and the backups;
 //! - [`message`], [`buffers`], [`spool`]: what is held meanwhile, in memory and on disk;
 //! - [`shutdown`]: how long everybody may still wait;
-//! - [`check`]: `smtp-dup check`.
+//! - [`check`], [`operator`]: the commands that people give.
 
 pub mod buffers;
 pub mod check;
@@ -21,6 +21,7 @@ pub mod launch;
 pub mod logger;
 pub mod maillog;
 pub mod message;
+pub mod operator;
 pub mod relay;
 pub mod server;
 pub mod shutdown;

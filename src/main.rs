@@ -4,6 +4,7 @@
 //! The order is that of privileges: sockets and configuration are opened as whoever started the
 //! program, then root is given up, and only then is there a second thread or a client's word.
 
+use std::io::{self, ErrorKind};
 use std::net::TcpListener;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -12,14 +13,14 @@ use nix::unistd::{Uid, chdir};
 use smtp_dup::cli::{Arguments, Command};
 use smtp_dup::config::Config;
 use smtp_dup::launch::master::{self, Master, Role, Tie};
-use smtp_dup::launch::privileges::{User, confine, inside};
+use smtp_dup::launch::privileges::{User, become_owner, confine, inside};
 use smtp_dup::launch::signals::Signals;
 use smtp_dup::launch::{Clients, Launch, addresses, listener, systemd};
 use smtp_dup::logger::{self, Place};
 use smtp_dup::message::Scratch;
 use smtp_dup::server::Store;
 use smtp_dup::spool::Spool;
-use smtp_dup::{check, maillog, server};
+use smtp_dup::{check, maillog, operator, server};
 
 const FAILED: u8 = 1;
 const WRONG_USE: u8 = 2;
@@ -46,8 +47,8 @@ fn by_hand(words: &[String]) -> ExitCode {
             println!("smtp-dup {}", env!("CARGO_PKG_VERSION"));
             return ExitCode::SUCCESS;
         }
-        Ok(arguments @ Arguments { command: Some(Command::Check(_)), .. }) => {
-            return check(&arguments);
+        Ok(arguments) if arguments.command.as_ref().is_some_and(Command::is_for_people) => {
+            return command(&arguments);
         }
         read => read.map_err(|exit| {
             let what = exit.output.trim().trim_end_matches('.').to_string();
@@ -112,18 +113,47 @@ fn warn(warnings: &[String]) {
     warnings.iter().for_each(|warning| maillog::configuration(warning));
 }
 
-/// `smtp-dup check`.
-fn check(arguments: &Arguments) -> ExitCode {
-    match load(arguments, &Launch::ALONE) {
+/// A command that people give: it prints, and does not serve.
+fn command(arguments: &Arguments) -> ExitCode {
+    let config = match load(arguments, &Launch::ALONE) {
         Ok((config, warnings, _)) => {
             open_log(&config, Place::Stderr);
             warn(&warnings);
-            ExitCode::from(if check::run(&config) { 0 } else { FAILED })
+            config
         }
-        Err(what) => {
-            eprintln!("smtp-dup: {what}");
-            ExitCode::from(WRONG_USE)
+        Err(what) => return refuse(Launch::ALONE, &what),
+    };
+    let done = match &arguments.command {
+        Some(Command::Check(_)) => Ok(check::run(&config)),
+        Some(command) => with_spool(&config, command),
+        None => Ok(true),
+    };
+    match done {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::from(FAILED),
+        // Whoever read our output has seen enough.
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("smtp-dup: {error}");
+            let is_wrong = error.kind() == ErrorKind::InvalidInput;
+            ExitCode::from(if is_wrong { WRONG_USE } else { FAILED })
         }
+    }
+}
+
+/// A command on the spool, as the user whose it is.
+fn with_spool(config: &Config, command: &Command) -> io::Result<bool> {
+    let settings = config.spool.as_ref().ok_or_else(|| {
+        io::Error::new(ErrorKind::InvalidInput, "relay.spool is not set: there is no spool")
+    })?;
+    become_owner(&settings.folder).map_err(io::Error::other)?;
+    let spool = Arc::new(Spool::open(settings).map_err(io::Error::other)?);
+    match command {
+        Command::Queue(order) => operator::queue(config, &spool, order),
+        Command::Flush(order) => operator::flush(config, &spool, order, &Signals::watch()?),
+        Command::Retry(order) => operator::retry(config, &spool, order),
+        Command::Drop(order) => operator::drop(&spool, order),
+        Command::Check(_) | Command::Inetd(_) => Ok(true),
     }
 }
 

@@ -29,6 +29,7 @@ use crate::message::{Budget, Scratch};
 use crate::relay::agent::{Agents, STACK};
 use crate::relay::backup::{Backup, Plan};
 use crate::relay::connection::prepare;
+use crate::relay::destination::Destination;
 use crate::relay::pool::Pool;
 use crate::relay::primary::stopping;
 use crate::shutdown::{Grace, Shutdown};
@@ -121,6 +122,39 @@ pub fn run(
     })?;
     maillog::stopped(is_one);
     Ok(())
+}
+
+/// Tries once what the spool has for each of `backups`, all of them at the same time. Gives for
+/// each how many copies were tried, or what failed.
+pub fn flush(
+    config: &Config,
+    spool: &Arc<Spool>,
+    backups: &[Destination],
+    signals: &Signals,
+) -> Vec<io::Result<u64>> {
+    let limit = config.limits.connect;
+    let grace = Grace { transactions: limit, copies: limit };
+    let shutdown = Shutdown::new(grace, Arc::clone(&signals.asked));
+    let (alive, _) = bounded(0);
+    let plan = Plan {
+        domain: config.domain.clone(),
+        limits: config.limits,
+        most_agents: 1,
+        tries_again: false,
+        spool: Some(Arc::clone(spool)),
+    };
+    let backups: Vec<Backup> =
+        backups.iter().map(|to| Backup::new(to.clone(), false, plan.clone(), &alive)).collect();
+    thread::scope(|scope| {
+        let one_pass = |backup| {
+            let agents = Agents::new(scope, &backups, &shutdown);
+            let pass = move || agents.flush(backup, spool.reader(&backup.destination.to_string())?);
+            Builder::new().stack_size(STACK).spawn_scoped(scope, pass)
+        };
+        let threads: Vec<_> = backups.iter().map(one_pass).collect();
+        let defect = || io::Error::other("a defect of smtp-dup ended this");
+        threads.into_iter().map(|thread| thread?.join().map_err(|_| defect())?).collect()
+    })
 }
 
 /// Where messages lie while they are here.

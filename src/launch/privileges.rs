@@ -4,9 +4,12 @@
 //! thread.
 
 use std::ffi::CString;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use nix::unistd::{Gid, Group, Uid, User as Entry, chdir, chroot, initgroups, setgid, setuid};
+use nix::unistd::{
+    Gid, Group, Uid, User as Entry, chdir, chroot, initgroups, setgid, setgroups, setuid,
+};
 
 /// A user to become, who is not root.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -45,6 +48,24 @@ impl User {
         }
         Ok(User { uid: entry.uid, gid, name: name.into() })
     }
+}
+
+/// Becomes the user whose folder `path` is, if this is root: what root makes there would be in that
+/// user's way.
+///
+/// # Errors
+/// A text that says which step failed.
+pub fn become_owner(path: &Path) -> Result<(), String> {
+    let failed = |error: &dyn std::fmt::Display| format!("{}: {error}", path.display());
+    let about = std::fs::metadata(path).map_err(|error| failed(&error))?;
+    let (uid, gid) = (Uid::from_raw(about.uid()), Gid::from_raw(about.gid()));
+    if !Uid::effective().is_root() || uid.is_root() {
+        return Ok(());
+    }
+    setgroups(&[])
+        .and_then(|()| setgid(gid))
+        .and_then(|()| setuid(uid))
+        .map_err(|error| failed(&error))
 }
 
 /// Becomes `user` for good, with its supplementary groups, within `root` if there is one. Someone

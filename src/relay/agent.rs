@@ -4,6 +4,7 @@
 //! Agents start when there is work, up to `backup_connections` for each backup, keep their
 //! connection between copies, and end after a minute without any.
 
+use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::thread::{Builder, Scope};
@@ -11,13 +12,14 @@ use std::time::Duration;
 
 use crossbeam_channel::{Receiver, RecvTimeoutError};
 
-use super::backup::{Backup, Leave};
+use super::backup::{Backup, Job, Leave};
 use super::connection::{Connection, Failure, Step};
 use super::copy::{Attempt, Copy};
 use crate::maillog;
 use crate::message::{Message, NoCopy, QueueId};
 use crate::shutdown::Shutdown;
 use crate::smtp::reply::{Class, Reply};
+use crate::spool::reader::{Found, Reader};
 
 /// Stack of a worker or an agent, in octets.
 pub const STACK: usize = 128 * 1024;
@@ -73,6 +75,26 @@ impl<'scope, 'env> Agents<'scope, 'env> {
         for backup in self.backups {
             if let Some(leave) = backup.recruit() {
                 self.start(backup, leave);
+            }
+        }
+    }
+
+    /// One pass over what the spool has for a backup, due or not, on this thread. Gives how many
+    /// copies were tried; it ends early when the backup fails as a whole.
+    ///
+    /// # Errors
+    /// Those of reading the spool.
+    pub fn flush(&self, backup: &Backup, mut reader: Reader) -> io::Result<u64> {
+        let (mut connection, mut tried) = (None, 0);
+        loop {
+            let found = reader.read(1)?;
+            let Some(Found { entry, .. }) = found.first().copied() else { return Ok(tried) };
+            if let Some(copy) = backup.claim(Job::Stored(entry), true) {
+                self.attempt(backup, copy, &mut connection);
+                tried += 1;
+            }
+            if backup.is_given_up() {
+                return Ok(tried);
             }
         }
     }

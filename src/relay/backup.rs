@@ -61,7 +61,8 @@ const MOST_HELD: usize = 1000;
 /// So many copies are read from the spool at once.
 const SLICE: usize = 100;
 
-/// What others are at, or could not be read, is looked at again after this time.
+/// The spool is looked at again after this time: for what others were at, have put there, or what
+/// could not be read.
 const LOOK_AGAIN: Duration = Duration::from_secs(60);
 
 /// How long a process that does not stay holds a backup for the others: until somebody comes by,
@@ -298,7 +299,8 @@ impl Backup {
             let end = if state.alive.is_none() { Some(shutdown.drain()) } else { None };
             let nothing_comes = match end {
                 Some(end) => now >= end || wake.is_none_or(|wake| wake >= end),
-                None => wake.is_none() && now >= idle_until,
+                // One stays for what is going to be due.
+                None => (wake.is_none() || state.agents > 1) && now >= idle_until,
             };
             if nothing_comes || held_until.is_some() && state.prober {
                 state.agents -= 1;
@@ -338,6 +340,10 @@ impl Backup {
         match read {
             Ok((reader, found)) => {
                 state.reader = Some(reader).filter(|_| found.len() == SLICE);
+                if state.reader.is_none() {
+                    // Other processes put copies there too.
+                    state.wants_pass(now + LOOK_AGAIN);
+                }
                 for Found { entry, due } in found {
                     match due.duration_since(time) {
                         Ok(pause) if !pause.is_zero() => state.wants_pass(now + pause),

@@ -78,8 +78,16 @@ impl Spool {
     /// Those of the file system; `InvalidData` for a file that is no state of a copy, which was
     /// moved aside.
     pub fn claim(self: &Arc<Self>, entry: Entry, backup: &str) -> io::Result<Claimed> {
-        let path = self.copy(entry, backup);
-        let file = match open(&path) {
+        self.claim_path(entry, backup, &self.copy(entry, backup))
+    }
+
+    pub(super) fn claim_path(
+        self: &Arc<Self>,
+        entry: Entry,
+        backup: &str,
+        path: &Path,
+    ) -> io::Result<Claimed> {
+        let file = match open(path) {
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Claimed::Gone),
             other => other?,
         };
@@ -89,7 +97,7 @@ impl Spool {
             Err((_, error)) => return Err(error.into()),
         };
         // Somebody may have replaced or removed it between open and lock.
-        let is_current = fs::symlink_metadata(&path)
+        let is_current = fs::symlink_metadata(path)
             .is_ok_and(|now| lock.metadata().is_ok_and(|own| own.ino() == now.ino()));
         if !is_current {
             return Ok(Claimed::Gone);
@@ -97,8 +105,8 @@ impl Spool {
         let mut text = String::new();
         let read = (&*lock).take(64 << 20).read_to_string(&mut text);
         let Some(owed) = read.ok().and_then(|_| Owed::parse(&text)) else {
-            self.move_aside(&path)?;
-            return Err(damaged(&path));
+            self.move_aside(path)?;
+            return Err(damaged(path));
         };
         let spool = Arc::clone(self);
         Ok(Claimed::Yes(Claim { spool, entry, backup: backup.into(), owed, _lock: lock }))
@@ -147,7 +155,7 @@ fn damaged(path: &Path) -> io::Error {
     io::Error::new(ErrorKind::InvalidData, text)
 }
 
-fn read_mail(path: &Path) -> io::Result<Mail> {
+pub(super) fn read_mail(path: &Path) -> io::Result<Mail> {
     let wrong = || damaged(path);
     let file = open(path)?;
     let about = file.metadata()?;
@@ -292,7 +300,7 @@ impl Owed {
 }
 
 /// Seconds since 1970.
-pub(super) fn seconds(time: SystemTime) -> u64 {
+pub fn seconds(time: SystemTime) -> u64 {
     time.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }
 

@@ -196,7 +196,7 @@ fn header(envelope: &Envelope, backups: &[String]) -> Vec<u8> {
 }
 
 /// The name of the folder for messages that are committed now.
-fn this_hour() -> u32 {
+pub(super) fn this_hour() -> u32 {
     let now = jiff::Timestamp::try_from(SystemTime::now()).unwrap_or_default();
     let now = now.to_zoned_datetime(jiff::tz::TimeZone::UTC);
     ((now.year() as u32 * 100 + now.month() as u32) * 100 + now.day() as u32) * 100

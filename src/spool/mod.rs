@@ -39,6 +39,7 @@
 pub mod claim;
 pub mod draft;
 pub mod hold;
+pub mod inventory;
 pub mod reader;
 mod sweep;
 
@@ -47,6 +48,8 @@ use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
+
+pub use self::claim::seconds;
 
 use nix::fcntl::{Flock, FlockArg};
 use nix::unistd::Uid;

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::time::{Duration, SystemTime};
 
 use nix::fcntl::{Flock, FlockArg};
@@ -79,17 +80,24 @@ impl Spool {
         Ok(false)
     }
 
-    /// Removes a message that is owed to nobody, neither to the `backups` of today nor to those
-    /// that it was written for.
+    /// Removes a message that is owed to nobody. The `backups` of today are looked for first, which
+    /// is enough for nearly all; before anything is removed the whole folder is looked through.
     fn sweep_mail(&self, entry: Entry, backups: &[String]) -> io::Result<()> {
         if backups.iter().any(|backup| self.copy(entry, backup).exists()) {
             return Ok(());
         }
-        match self.load(entry) {
-            Ok(mail) => self.settle(entry, &mail.backups),
-            // Gone meanwhile, or moved aside.
-            Err(_) => Ok(()),
+        // One that is in failed/ as well may just be on its way back.
+        match fs::symlink_metadata(self.mail(entry)) {
+            Ok(about) if about.nlink() == 1 => {}
+            _ => return Ok(()),
         }
+        let start = format!("{}{TO}", entry.id);
+        for file in fs::read_dir(self.hour(entry))? {
+            if file?.file_name().to_str().is_some_and(|name| name.starts_with(&start)) {
+                return Ok(());
+            }
+        }
+        ignore_missing(fs::remove_file(self.mail(entry)))
     }
 
     /// An hour that is over, when nothing is left of it.

@@ -1,0 +1,178 @@
+//! What lies in the spool, for the people who look after it: listing, sending again, dropping.
+//!
+//! `queue` (the commands) calls this beside running daemons. Everything that changes a copy claims
+//! it first.
+
+use std::ffi::OsStr;
+use std::fs::{self, ReadDir};
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use super::claim::{Claimed, Mail, Owed, read_mail, write_state};
+use super::draft::this_hour;
+use super::{Entry, MAIL, Spool, TO, ignore_missing, make_folder, sync_folder};
+use crate::message::QueueId;
+
+/// Which part of the spool a copy lies in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Part {
+    /// It will be tried.
+    Queue,
+    /// It was refused, or tried for too long.
+    Failed,
+}
+
+/// One copy.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Item {
+    /// Where it lies.
+    pub part: Part,
+    /// Its message; in `failed/` the hour means nothing.
+    pub entry: Entry,
+    /// For whom it is.
+    pub backup: String,
+}
+
+/// What became of an order of the operator.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Done {
+    /// It was carried out.
+    Yes,
+    /// Somebody is delivering it just now.
+    Busy,
+    /// It is not there any more.
+    Gone,
+}
+
+impl Spool {
+    /// All copies of a part, as they are found: nothing is collected.
+    ///
+    /// # Errors
+    /// Those of readdir(3).
+    pub fn items(&self, part: Part) -> io::Result<impl Iterator<Item = io::Result<Item>>> {
+        let folders = match part {
+            Part::Queue => self.hours()?,
+            Part::Failed => vec![(0, self.failed())],
+        };
+        Ok(folders.into_iter().flat_map(move |(hour, path)| in_folder(part, hour, path)))
+    }
+
+    /// The state of a copy. `None` when it has gone meanwhile, or cannot be read.
+    pub fn state(&self, item: &Item) -> Option<Owed> {
+        Owed::parse(&fs::read_to_string(self.item_path(item)).ok()?)
+    }
+
+    /// The message of a copy.
+    ///
+    /// # Errors
+    /// Those of the file system, and `InvalidData`.
+    pub fn item_mail(&self, item: &Item) -> io::Result<Mail> {
+        read_mail(&self.item_mail_path(item))
+    }
+
+    /// Lets a copy be tried again, at once and as if for the first time; for another backup if
+    /// there is a `new` one. Only one that is configured may be named, who will look for it.
+    ///
+    /// # Errors
+    /// Those of the file system: the copy is then where it was.
+    pub fn retry(self: &Arc<Self>, item: &Item, new: Option<&str>) -> io::Result<Done> {
+        let _claim = match self.claim_item(item)? {
+            Claimed::Yes(claim) => claim,
+            Claimed::Busy => return Ok(Done::Busy),
+            Claimed::Gone => return Ok(Done::Gone),
+        };
+        let owed = self.state(item).and_then(|owed| owed.places);
+        let fresh = Owed { places: owed, ..Owed::default() };
+        if item.part == Part::Queue && new.is_none() {
+            write_state(self, &self.item_path(item), &fresh, "")?;
+            return Ok(Done::Yes);
+        }
+        // Under another name when it is for somebody else: whom a message can be owed to is
+        // written in it, and that list must hold for all that have its name.
+        let id = if new.is_some() { QueueId::next() } else { item.entry.id };
+        let entry = Entry { hour: this_hour(), id };
+        let folder = self.hour(entry);
+        make_folder(&folder)?;
+        match fs::hard_link(self.item_mail_path(item), self.mail(entry)) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            linked => linked?,
+        }
+        write_state(self, &self.copy(entry, new.unwrap_or(&item.backup)), &fresh, "")?;
+        sync_folder(&folder)?;
+        self.remove_item(item)?;
+        Ok(Done::Yes)
+    }
+
+    /// Gives a copy up.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub fn drop_item(self: &Arc<Self>, item: &Item) -> io::Result<Done> {
+        match self.claim_item(item)? {
+            Claimed::Yes(_claim) => self.remove_item(item).map(|()| Done::Yes),
+            Claimed::Busy => Ok(Done::Busy),
+            Claimed::Gone => Ok(Done::Gone),
+        }
+    }
+
+    /// What is in `failed/` nobody else works on, but for other operators.
+    fn claim_item(self: &Arc<Self>, item: &Item) -> io::Result<Claimed> {
+        self.claim_path(item.entry, &item.backup, &self.item_path(item))
+    }
+
+    /// Removes a copy, and its message with the last one.
+    fn remove_item(&self, item: &Item) -> io::Result<()> {
+        let mail = self.item_mail(item);
+        ignore_missing(fs::remove_file(self.item_path(item)))?;
+        match item.part {
+            Part::Queue => self.settle(item.entry, &mail?.backups),
+            Part::Failed => {
+                let is_of_it = |name: &OsStr| {
+                    name.to_str()
+                        .is_some_and(|name| name.starts_with(&format!("{}{TO}", item.entry.id)))
+                };
+                for file in fs::read_dir(self.failed())? {
+                    if is_of_it(&file?.file_name()) {
+                        return Ok(());
+                    }
+                }
+                ignore_missing(fs::remove_file(self.item_mail_path(item)))
+            }
+        }
+    }
+
+    fn item_path(&self, item: &Item) -> PathBuf {
+        match item.part {
+            Part::Queue => self.copy(item.entry, &item.backup),
+            Part::Failed => self.failed().join(format!("{}{TO}{}", item.entry.id, item.backup)),
+        }
+    }
+
+    fn item_mail_path(&self, item: &Item) -> PathBuf {
+        match item.part {
+            Part::Queue => self.mail(item.entry),
+            Part::Failed => self.failed().join(format!("{}{MAIL}", item.entry.id)),
+        }
+    }
+}
+
+fn in_folder(part: Part, hour: u32, path: PathBuf) -> Box<dyn Iterator<Item = io::Result<Item>>> {
+    let files: ReadDir = match fs::read_dir(&path) {
+        Ok(files) => files,
+        // An hour whose messages have all gone was removed.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            return Box::new(std::iter::empty());
+        }
+        Err(error) => return Box::new(std::iter::once(Err(error))),
+    };
+    Box::new(files.filter_map(move |file| {
+        let name = match file {
+            Ok(file) => file.file_name(),
+            Err(error) => return Some(Err(error)),
+        };
+        let (id, backup) = name.to_str()?.split_once(TO)?;
+        let entry = Entry { hour, id: QueueId::parse(id)? };
+        Some(Ok(Item { part, entry, backup: backup.into() }))
+    }))
+}
