@@ -9,8 +9,9 @@ use nix::sys::socket::{
     listen, setsockopt, socket, sockopt,
 };
 
-/// Connections that may wait to be accepted; the system cuts it to net.core.somaxconn.
-const BACKLOG: i32 = 1024;
+/// Connections that may wait to be accepted; the system cuts it to net.core.somaxconn, and the C
+/// library says what may be asked for (musl: 128).
+const BACKLOG: i32 = if nix::libc::SOMAXCONN < 1024 { nix::libc::SOMAXCONN } else { 1024 };
 
 /// Listens on all `addresses`, without blocking in accept.
 ///

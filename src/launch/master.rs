@@ -286,7 +286,11 @@ pub fn log_place() -> Place {
     let name = variable("MAIL_LOGTAG").unwrap_or_else(|| "postfix".into());
     let tag = format!("{name}/smtp-dup");
     match (variable("POSTLOG_SERVICE"), variable("POSTLOG_HOSTNAME")) {
-        (Some(socket), Some(host)) => Place::Postlog { socket: socket.into(), host, tag },
+        (Some(socket), Some(name)) => {
+            // As in Postfix's own lines, the first part of the name alone.
+            let host = name.split('.').next().unwrap_or_default().to_string();
+            Place::Postlog { socket: socket.into(), host, tag }
+        }
         _ => Place::Syslog { tag },
     }
 }
