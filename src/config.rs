@@ -108,6 +108,7 @@ pub const KEYS: &[Key] = &[
     key("relay.backup_memory", |d, s| put(&mut d.backup_memory, s.octets())),
     key("relay.spool", |d, s| put(&mut d.spool, s.optional_folder())),
     key("relay.spool_required", |d, s| put(&mut d.spool_required, s.flag())),
+    key("relay.spool_max_bytes", |d, s| put(&mut d.spool_max_bytes, s.octets())),
     key("relay.retry_for_seconds", |d, s| put(&mut d.retry_for, s.long_seconds())),
     key("log.target", |d, s| put(&mut d.log_target, s.text().and_then(target))),
     key("log.level", |d, s| put(&mut d.log_level, s.text().and_then(level))),
@@ -141,6 +142,7 @@ struct Draft {
     backup_memory: u64,
     spool: Option<PathBuf>,
     spool_required: bool,
+    spool_max_bytes: u64,
     retry_for: Duration,
     log_target: Target,
     log_level: LevelFilter,
@@ -170,6 +172,7 @@ impl Default for Draft {
             backup_memory: 64 * 1024 * 1024,
             spool: None,
             spool_required: false,
+            spool_max_bytes: 0,
             retry_for: Duration::from_secs(5 * 24 * 3600),
             log_target: Target::Auto,
             log_level: LevelFilter::Info,
@@ -315,8 +318,12 @@ impl Draft {
                     .into(),
             ));
         }
-        let (required, retry_for) = (self.spool_required, self.retry_for);
-        let spool = self.spool.map(|folder| spool::Settings { folder, required, retry_for });
+        let spool = self.spool.map(|folder| spool::Settings {
+            folder,
+            required: self.spool_required,
+            retry_for: self.retry_for,
+            max_bytes: self.spool_max_bytes,
+        });
         Ok(Config {
             listen: self.listen,
             domain: self.domain.unwrap_or_else(host_name),

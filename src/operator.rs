@@ -42,7 +42,7 @@ pub fn queue(config: &Config, spool: &Arc<Spool>, order: &Queue) -> io::Result<b
             writeln!(out, "{backup} is held until {}: {reply}", local(until))?;
         }
     }
-    let mut count = 0;
+    let mut count: u64 = 0;
     for item in spool.items(part)? {
         let item = item?;
         // Delivered meanwhile.
@@ -64,8 +64,9 @@ pub fn queue(config: &Config, spool: &Arc<Spool>, order: &Queue) -> io::Result<b
         count += 1;
     }
     if !order.json {
-        let what = if order.failed { "were given up" } else { "wait" };
-        writeln!(out, "{count} copies {what} in {}", spool.settings().folder.display())?;
+        let what = if order.failed { "given up" } else { "waiting" };
+        let folder = spool.settings().folder.display();
+        writeln!(out, "{what} in {folder}: {}", copies(count))?;
     }
     out.flush()?;
     Ok(true)
@@ -164,7 +165,7 @@ pub fn flush(
         match tried {
             // The primary is only spoken of when there was something for it.
             Ok(0) if left == 0 && *to == config.primary => {}
-            Ok(tried) => println!("{to}: {tried} copies tried, {left} left"),
+            Ok(tried) => println!("{to}: {} tried, {left} left", copies(tried)),
             Err(error) => {
                 println!("{to}: FAILED: {error}");
                 well = false;
@@ -173,6 +174,10 @@ pub fn flush(
         well &= left == 0;
     }
     Ok(well)
+}
+
+fn copies(count: u64) -> String {
+    if count == 1 { "1 copy".into() } else { format!("{count} copies") }
 }
 
 /// How many copies wait for a backup.
@@ -222,7 +227,11 @@ pub fn retry(config: &Config, spool: &Arc<Spool>, order: &Retry) -> io::Result<b
             return Ok(format!("{} is no destination any more; use --to BACKUP", item.backup));
         }
         Ok(match spool.retry(item, order.to.as_deref())? {
-            Done::Yes => format!("is due now for {}", order.to.as_ref().unwrap_or(&item.backup)),
+            Done::Yes(id) => {
+                let backup = order.to.as_ref().unwrap_or(&item.backup);
+                let name = if id == item.entry.id { String::new() } else { format!(", as {id}") };
+                format!("is due now for {backup}{name}")
+            }
             other => unchanged(other).into(),
         })
     })
@@ -243,7 +252,7 @@ pub fn drop(spool: &Arc<Spool>, order: &Drop) -> io::Result<bool> {
     };
     each(spool, &ids, is_meant, |item| {
         Ok(match spool.drop_item(item)? {
-            Done::Yes => format!("dropped the copy for {}", item.backup),
+            Done::Yes(_) => format!("dropped the copy for {}", item.backup),
             other => unchanged(other).into(),
         })
     })
@@ -261,7 +270,7 @@ fn ids(words: &[String]) -> io::Result<HashSet<QueueId>> {
 fn unchanged(done: Done) -> &'static str {
     match done {
         Done::Busy => "is being tried just now",
-        Done::Yes | Done::Gone => "has gone meanwhile",
+        Done::Yes(_) | Done::Gone => "has gone meanwhile",
     }
 }
 

@@ -99,7 +99,10 @@ pub fn run(
         };
         let door = Door { allowed: &config.allowed_clients, shared: &shared, agents: &agents };
         match clients {
-            Clients::One(stream) => door.serve_one(stream),
+            Clients::One(stream) => {
+                backups.iter().for_each(Backup::respect_hold);
+                door.serve_one(stream);
+            }
             Clients::Many(listeners) => {
                 let workers =
                     Workers { door, most: config.max_connections, desk: Mutex::default() };

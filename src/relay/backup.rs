@@ -572,6 +572,13 @@ impl Backup {
         state.given_up = Some(why);
     }
 
+    /// Tries nothing while another process holds the backup.
+    pub fn respect_hold(&self) {
+        if let Some(spool) = &self.plan.spool {
+            self.state().given_up = spool.held(&self.name).map(|(_, why)| why);
+        }
+    }
+
     /// It failed as a whole, and nothing is tried again.
     pub fn is_given_up(&self) -> bool {
         self.state().given_up.is_some()

@@ -10,9 +10,8 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use nix::fcntl::{Flock, FlockArg};
-use nix::sys::statvfs::fstatvfs;
 
-use super::{Entry, RESERVE, Spool, create, make_folder, sync_folder};
+use super::{Entry, Spool, create, make_folder, sync_folder};
 use crate::message::QueueId;
 use crate::smtp::command::Relayed;
 use crate::smtp::envelope::Envelope;
@@ -38,13 +37,14 @@ impl Draft {
     /// Begins a message for `backups`.
     ///
     /// # Errors
-    /// Those of the file system; `StorageFull` when less than the reserve is left on it.
+    /// Those of the file system; `StorageFull` when a limit leaves no room.
     pub fn begin(
         spool: &Arc<Spool>,
         id: QueueId,
         envelope: &Envelope,
         backups: &Arc<[String]>,
     ) -> io::Result<Draft> {
+        spool.has_room()?;
         let path = spool.tmp().join(id.to_string());
         let file = Flock::lock(create(&path, false)?, FlockArg::LockExclusiveNonblock)
             .map_err(|(_, error)| error)?;
@@ -59,21 +59,8 @@ impl Draft {
             made: vec![path],
             entry: None,
         };
-        draft.leave_reserve()?;
         draft.file.write_all(&header)?;
         Ok(draft)
-    }
-
-    /// A full disk stops more than this program.
-    fn leave_reserve(&self) -> io::Result<()> {
-        let system = fstatvfs(&*self.file)?;
-        let free = system.blocks_available().saturating_mul(system.fragment_size());
-        if free < RESERVE {
-            let text =
-                format!("{free} octets are free on its file system, {RESERVE} are left to others");
-            return Err(io::Error::new(io::ErrorKind::StorageFull, text));
-        }
-        Ok(())
     }
 
     /// Appends to the body.
@@ -141,6 +128,7 @@ impl Draft {
         // copies: they stay owed for as long as there is a message.
         self.made[0] = mail;
         sync_folder(&self.spool.hour(entry))?;
+        self.spool.has_grown(self.start + self.length);
         Ok(Stored { entry, file, start: self.start, length: self.length })
     }
 

@@ -37,8 +37,8 @@ pub struct Item {
 /// What became of an order of the operator.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Done {
-    /// It was carried out.
-    Yes,
+    /// It was carried out; the message has this name now.
+    Yes(QueueId),
     /// Somebody is delivering it just now.
     Busy,
     /// It is not there any more.
@@ -86,7 +86,7 @@ impl Spool {
         let fresh = Owed { places: owed, ..Owed::default() };
         if item.part == Part::Queue && new.is_none() {
             write_state(self, &self.item_path(item), &fresh, "")?;
-            return Ok(Done::Yes);
+            return Ok(Done::Yes(item.entry.id));
         }
         // Under another name when it is for somebody else: whom a message can be owed to is
         // written in it, and that list must hold for all that have its name.
@@ -101,7 +101,7 @@ impl Spool {
         write_state(self, &self.copy(entry, new.unwrap_or(&item.backup)), &fresh, "")?;
         sync_folder(&folder)?;
         self.remove_item(item)?;
-        Ok(Done::Yes)
+        Ok(Done::Yes(id))
     }
 
     /// Gives a copy up.
@@ -110,7 +110,7 @@ impl Spool {
     /// Those of the file system.
     pub fn drop_item(self: &Arc<Self>, item: &Item) -> io::Result<Done> {
         match self.claim_item(item)? {
-            Claimed::Yes(_claim) => self.remove_item(item).map(|()| Done::Yes),
+            Claimed::Yes(_claim) => self.remove_item(item).map(|()| Done::Yes(item.entry.id)),
             Claimed::Busy => Ok(Done::Busy),
             Claimed::Gone => Ok(Done::Gone),
         }

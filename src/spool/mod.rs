@@ -41,6 +41,7 @@ pub mod draft;
 pub mod hold;
 pub mod inventory;
 pub mod reader;
+mod room;
 mod sweep;
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
@@ -63,14 +64,12 @@ const TO: &str = ".to.";
 /// The end of the name of a message.
 const MAIL: &str = ".mail";
 
-/// Free space that is left to others, in octets.
-const RESERVE: u64 = 64 * 1024 * 1024;
-
 /// A folder of spooled messages, shared by any number of processes of one user.
 #[derive(Debug)]
 pub struct Spool {
     root: PathBuf,
     settings: Settings,
+    used: room::Used,
 }
 
 /// What the configuration says of the spool.
@@ -82,6 +81,8 @@ pub struct Settings {
     pub required: bool,
     /// `relay.retry_for_seconds`: a copy that is older goes to `failed/`.
     pub retry_for: Duration,
+    /// `relay.spool_max_bytes`: octets of messages; 0 for as many as there are.
+    pub max_bytes: u64,
 }
 
 /// A message in the queue.
@@ -121,7 +122,8 @@ impl Spool {
             make_folder(&root.join(name)).map_err(failed)?;
         }
         sync_folder(&root).map_err(failed)?;
-        let spool = Spool { root, settings: settings.clone() };
+        let used = room::Used::default();
+        let spool = Spool { root, settings: settings.clone(), used };
         spool.try_locks()?;
         Ok(spool)
     }
