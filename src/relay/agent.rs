@@ -128,6 +128,7 @@ impl<'scope, 'env> Agents<'scope, 'env> {
             let attempt = AssertUnwindSafe(|| self.attempt(backup, copy, &mut connection));
             if catch_unwind(attempt).is_err() {
                 maillog::panicked(&format!("{id}: relay={} role=backup", backup.destination));
+                backup.abandon(id);
                 connection = None;
             }
         }
@@ -203,33 +204,48 @@ fn is_stale(failure: &Failure) -> bool {
 
 /// Logs what became of an attempt, and keeps what is still owed.
 fn settle(backup: &Backup, mut copy: Copy, attempt: Attempt) {
+    let Attempt { verdict, mut refused, deferred, without } = attempt;
     let (id, to) = (copy.message.id, &backup.destination);
-    for what in attempt.without {
+    for what in without {
         maillog::copy_reduced(id, to, what);
     }
-    for (place, reply) in &attempt.refused {
+    for (place, reply) in &refused {
         maillog::copy_recipient_refused(id, to, copy.recipient(*place), reply);
     }
-    if !attempt.refused.is_empty() {
-        backup.refused(&copy, &attempt.refused);
+    let still_owed: Vec<usize> = deferred.iter().map(|(place, _)| *place).collect();
+    let last_word = deferred.into_iter().next_back().map(|(_, reply)| reply);
+    let verdict = verdict.map(|reply| (reply.class(), reply));
+    // A refusal of the message is one of everybody who was not judged by name.
+    if let Some((Class::Permanent, reply)) = &verdict {
+        let is_judged = |place| still_owed.contains(place) || is_among(&refused, place);
+        let rest = copy.owed.iter().filter(|place| !is_judged(place)).copied();
+        let rest: Vec<_> = rest.map(|place| (place, reply.clone())).collect();
+        refused.extend(rest);
     }
-    let still_owed: Vec<usize> = attempt.deferred.iter().map(|(place, _)| *place).collect();
-    let last_word = attempt.deferred.into_iter().next_back().map(|(_, reply)| reply);
-    // The recipients refused by name are settled, all the others are owed as before.
-    let is_refused = |place: &usize| attempt.refused.iter().any(|(other, _)| other == place);
-    match attempt.verdict.as_ref().map(|reply| (reply, reply.class())) {
-        Some((reply, Class::Success)) => maillog::copy_sent(id, to, copy.message.accepted, reply),
-        Some((reply, Class::Permanent)) => {
-            let is_deferred = |place: &usize| <[usize]>::contains(&still_owed, place);
-            let rest = copy.owed.iter().filter(|place| !is_refused(place) && !is_deferred(place));
-            let rest: Vec<_> = rest.map(|&place| (place, reply.clone())).collect();
-            match backup.refused(&copy, &rest) {
-                true => maillog::copy_failed(id, to, &reply.to_string()),
-                false => maillog::copy_lost(id, to, &reply.to_string()),
+    let kept = match refused.is_empty() {
+        true => Ok(false),
+        false => backup.refused(&copy, &refused),
+    };
+    let is_kept = match kept {
+        Ok(is_kept) => is_kept,
+        Err(error) => {
+            // They are owed as before; those who have it are not.
+            if let Some((Class::Success, _)) = verdict {
+                copy.owed.retain(|place| still_owed.contains(place) || is_among(&refused, place));
             }
+            return backup.defer(copy, &format!("error: failed/ in the spool: {error}"));
         }
-        Some((reply, _)) => {
-            copy.owed.retain(|place| !is_refused(place));
+    };
+    match verdict {
+        Some((Class::Success, reply)) => {
+            maillog::copy_sent(id, to, copy.message.accepted, &reply);
+        }
+        Some((Class::Permanent, reply)) if is_kept => {
+            maillog::copy_failed(id, to, &reply.to_string());
+        }
+        Some((Class::Permanent, reply)) => maillog::copy_lost(id, to, &reply.to_string()),
+        Some((_, reply)) => {
+            copy.owed.retain(|place| !is_among(&refused, place));
             return backup.defer(copy, &reply.to_string());
         }
         None => {}
@@ -239,6 +255,10 @@ fn settle(backup: &Backup, mut copy: Copy, attempt: Attempt) {
         Some(reply) => defer_rest(backup, copy, &reply),
         None => backup.done(&copy),
     }
+}
+
+fn is_among(recipients: &[(usize, Reply)], place: &usize) -> bool {
+    recipients.iter().any(|(other, _)| other == place)
 }
 
 /// Some recipients were deferred by name; the others are done.

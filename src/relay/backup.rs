@@ -5,19 +5,18 @@
 //! it; a single copy that was deferred waits for itself. Nothing here waits for a backup on behalf
 //! of a client.
 //!
-//! With a spool the folders are the queue, and what is held here is a part of it, so that new
-//! copies need not be read again: what finds no place here, or has to wait, is found on disk when
-//! its time has come. Agents read it in passes, while they have nothing else to do.
+//! With a spool the folders are the queue, and what is held here is a part of it: see [`stored`].
 //!
 //! The queue is a mutex and a condition variable, and not a channel: an agent waits for a copy,
 //! the end of a pause or the drain, whichever comes first, and a channel's receiver tries again
 //! several times before it sleeps, which cost more than the rest of a small copy.
 
+mod stored;
+
 use std::collections::{BTreeMap, VecDeque};
-use std::io::{self, ErrorKind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use crossbeam_channel::Sender;
 
@@ -25,11 +24,9 @@ use super::connection::{Connection, Failure, Limits};
 use super::copy::Copy;
 use super::destination::Destination;
 use crate::maillog;
-use crate::message::{Message, QueueId};
+use crate::message::QueueId;
 use crate::shutdown::{Deadline, Shutdown};
-use crate::smtp::reply::Reply;
-use crate::spool::claim::{Claimed, Owed};
-use crate::spool::reader::{Found, Reader};
+use crate::spool::reader::Reader;
 use crate::spool::{Entry, Spool};
 
 /// An agent without work ends after this time.
@@ -58,16 +55,9 @@ const LONGEST_HOLD: Duration = Duration::from_secs(300);
 /// So many copies are held in memory as well as in the spool.
 const MOST_HELD: usize = 1000;
 
-/// So many copies are read from the spool at once.
-const SLICE: usize = 100;
-
 /// The spool is looked at again after this time: for what others were at, have put there, or what
 /// could not be read.
 const LOOK_AGAIN: Duration = Duration::from_secs(60);
-
-/// How long a process that does not stay holds a backup for the others: until somebody comes by,
-/// from cron or by a timer.
-const ONE_PASS: Duration = Duration::from_secs(30);
 
 /// The longest pause of a copy that is deferred for itself.
 const LONGEST_DEFERRAL: Duration = Duration::from_secs(3600);
@@ -320,99 +310,6 @@ impl Backup {
         }
     }
 
-    /// Reads some more of what the spool has for this backup.
-    fn read_on<'a>(&'a self, mut state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
-        let Some(spool) = &self.plan.spool else { return state };
-        let reader = state.reader.take();
-        if reader.is_none() {
-            // What comes from now on may be missed by this pass, and asks for another.
-            state.pass_at = None;
-        }
-        state.is_reading = true;
-        drop(state);
-        let read = reader.map_or_else(|| spool.reader(&self.name), Ok).and_then(|mut reader| {
-            let found = reader.read(SLICE)?;
-            Ok((reader, found))
-        });
-        let (now, time) = (Instant::now(), SystemTime::now());
-        let mut state = self.state();
-        state.is_reading = false;
-        match read {
-            Ok((reader, found)) => {
-                state.reader = Some(reader).filter(|_| found.len() == SLICE);
-                if state.reader.is_none() {
-                    // Other processes put copies there too.
-                    state.wants_pass(now + LOOK_AGAIN);
-                }
-                for Found { entry, due } in found {
-                    match due.duration_since(time) {
-                        Ok(pause) if !pause.is_zero() => state.wants_pass(now + pause),
-                        _ if state.in_flight.iter().any(|(id, _)| *id == entry.id) => {}
-                        _ => state.queue.push_back(Job::Stored(entry)),
-                    }
-                }
-            }
-            Err(error) => {
-                maillog::spool_unreadable(&self.destination, &error);
-                state.wants_pass(now + LOOK_AGAIN);
-            }
-        }
-        if state.queue.len() > 1 {
-            self.wake.notify_one();
-        }
-        state
-    }
-
-    /// Takes a copy for an attempt: `None` when it is not to be had, or not due. One that is held
-    /// in memory alone is anybody's who has the job.
-    pub fn claim(&self, job: Job, due_or_not: bool) -> Option<Copy> {
-        let id = job.id();
-        let claimed = self.try_claim(job, due_or_not);
-        let mut state = self.state();
-        match claimed {
-            Ok(Some(copy)) => return Some(copy),
-            Ok(None) => {}
-            Err(error) if error.kind() == ErrorKind::InvalidData => {
-                maillog::spool_damaged(id, &self.destination, &error);
-            }
-            Err(error) => {
-                maillog::spool_unreadable(&self.destination, &error);
-                state.wants_pass(Instant::now() + LOOK_AGAIN);
-            }
-        }
-        state.landed(id);
-        None
-    }
-
-    fn try_claim(&self, job: Job, due_or_not: bool) -> io::Result<Option<Copy>> {
-        let entry = match &job {
-            Job::Held(Copy { message, .. }) => message.place.as_ref().map(|place| place.entry),
-            Job::Stored(entry) => Some(*entry),
-        };
-        let (Some(spool), Some(entry)) = (&self.plan.spool, entry) else {
-            return Ok(if let Job::Held(copy) = job { Some(copy) } else { None });
-        };
-        let claim = match spool.claim(entry, &self.name)? {
-            Claimed::Yes(claim) => claim,
-            Claimed::Gone => return Ok(None),
-            Claimed::Busy => {
-                self.state().wants_pass(Instant::now() + LOOK_AGAIN);
-                return Ok(None);
-            }
-        };
-        if let Some(next) = claim.owed.next.filter(|_| !due_or_not)
-            && let Ok(pause) = next.duration_since(SystemTime::now())
-        {
-            self.state().wants_pass(Instant::now() + pause);
-            return Ok(None);
-        }
-        let copy = match job {
-            Job::Held(copy) => copy,
-            Job::Stored(_) => Copy::new(&Arc::new(Message::from_spool(entry, spool.load(entry)?))),
-        };
-        Ok(Some(copy.claimed(claim)))
-    }
-
     /// A new connection.
     ///
     /// # Errors
@@ -436,37 +333,25 @@ impl Backup {
         }
         // The first time also what another process may have left.
         let is_first = !std::mem::replace(&mut state.has_answered, true);
-        if (is_first || was_held)
-            && let Some(spool) = &self.plan.spool
-        {
-            self.complain(spool.release(&self.name));
-        }
-    }
-
-    /// The spool failed at something that is done all the same.
-    fn complain(&self, result: io::Result<()>) {
-        if let Err(error) = result {
-            maillog::spool_unreadable(&self.destination, &error);
+        if is_first || was_held {
+            self.release_all();
         }
     }
 
     /// An attempt has ended, and nothing is owed of this copy any more.
     pub fn done(&self, copy: &Copy) {
-        if let (Some(claim), Some(place)) = (&copy.claim, &copy.message.place) {
-            self.complain(claim.delivered(&place.backups));
-        }
+        self.remove_stored(copy);
         self.state().landed(copy.message.id);
     }
 
-    /// Some recipients of a copy are refused for good. True when the spool keeps them.
-    pub fn refused(&self, copy: &Copy, refused: &[(usize, Reply)]) -> bool {
-        let Some(claim) = &copy.claim else { return false };
-        let refused: Vec<_> =
-            refused.iter().map(|(place, reply)| (*place, reply.to_string())).collect();
-        let kept = claim.refused(&copy.message.envelope, &refused);
-        let is_kept = kept.is_ok();
-        self.complain(kept);
-        is_kept
+    /// An attempt ended in nothing, by a defect of ours.
+    pub fn abandon(&self, id: QueueId) {
+        let mut state = self.state();
+        // One that is in memory alone stays in flight, to be named at the end.
+        if state.in_flight.contains(&(id, true)) {
+            state.landed(id);
+            state.wants_pass(Instant::now() + LOOK_AGAIN);
+        }
     }
 
     /// A connection was refused while others work: the backup is not down, it may take no more at
@@ -502,6 +387,9 @@ impl Backup {
     /// The backup failed: all its copies wait. This one may be the reason, and waits for itself as
     /// well.
     pub fn hold(&self, copy: Copy, failure: &Failure) {
+        if matches!(failure, Failure::Stopping(_)) && copy.is_stored() {
+            return self.state().landed(copy.message.id);
+        }
         if !self.plan.tries_again {
             return self.give_up(&copy, failure);
         }
@@ -530,31 +418,6 @@ impl Backup {
         self.put_off(&mut state, copy, until, &failure.to_string(), !failure.is_before_mail());
     }
 
-    /// Other processes on the spool are not to try it either.
-    fn hold_all(&self, pause: Duration, failure: &Failure) {
-        if let Some(spool) = &self.plan.spool {
-            let until = SystemTime::now() + pause;
-            self.complain(spool.hold(&self.name, until, &failure.to_string()));
-        }
-    }
-
-    /// A copy waits until `until`, where it is: in the spool, with a state of its own if that is
-    /// `noted`, or in memory.
-    fn put_off(&self, state: &mut State, copy: Copy, until: Instant, why: &str, noted: bool) {
-        let Some(claim) = &copy.claim else { return state.defer(copy, until) };
-        if noted {
-            let owed = Owed {
-                attempts: copy.attempts,
-                next: Some(SystemTime::now() + until.saturating_duration_since(Instant::now())),
-                reply: why.into(),
-                places: Some(copy.owed.clone()),
-            };
-            self.complain(claim.put_off(&owed));
-        }
-        state.landed(copy.message.id);
-        state.wants_pass(until);
-    }
-
     /// The backup failed, and nothing is tried again: this copy is lost, and all that wait for it.
     fn give_up(&self, copy: &Copy, failure: &Failure) {
         let mut state = self.state();
@@ -562,7 +425,7 @@ impl Backup {
         let why = failure.to_string();
         if state.given_up.is_none() {
             maillog::backup_down(&self.destination, &why);
-            self.hold_all(ONE_PASS, failure);
+            self.hold_all(stored::ONE_PASS, failure);
         }
         let queue = std::mem::take(&mut state.queue);
         let lost = queue.iter().filter(|job| !job.is_stored()).map(Job::id);
@@ -570,13 +433,6 @@ impl Backup {
             maillog::copy_lost(id, &self.destination, &why);
         }
         state.given_up = Some(why);
-    }
-
-    /// Tries nothing while another process holds the backup.
-    pub fn respect_hold(&self) {
-        if let Some(spool) = &self.plan.spool {
-            self.state().given_up = spool.held(&self.name).map(|(_, why)| why);
-        }
     }
 
     /// It failed as a whole, and nothing is tried again.
@@ -596,24 +452,6 @@ impl Backup {
         }
         self.log_deferred(&copy, until, why);
         self.put_off(&mut self.state(), copy, until, why, true);
-    }
-
-    fn is_too_old(&self, copy: &Copy) -> bool {
-        let limit = self.plan.spool.as_ref().map(|spool| spool.settings().retry_for);
-        copy.is_stored() && limit.is_some_and(|limit| copy.message.accepted.elapsed() > limit)
-    }
-
-    /// A copy was tried for long enough.
-    fn expire(&self, copy: &Copy, why: &str) {
-        let why = format!("tried for longer than relay.retry_for_seconds: {why}");
-        let reply = Reply::new(450, "4.4.7", &why);
-        let all: Vec<_> = copy.owed.iter().map(|&place| (place, reply.clone())).collect();
-        if self.refused(copy, &all) {
-            maillog::copy_failed(copy.message.id, &self.destination, &why);
-            self.done(copy);
-        } else {
-            self.state().landed(copy.message.id);
-        }
     }
 
     fn log_deferred(&self, copy: &Copy, until: Instant, why: &str) {

@@ -197,6 +197,20 @@ pub(super) fn read_mail(path: &Path) -> io::Result<Mail> {
 }
 
 impl Claim {
+    /// The message of this copy could not be read: one that is not there, or was moved aside,
+    /// takes the copy along. Gives the error to be logged.
+    pub fn without_mail(&self, error: io::Error) -> io::Error {
+        match error.kind() {
+            ErrorKind::NotFound | ErrorKind::InvalidData => {
+                // What cannot be moved is found again by the next pass.
+                let _ = self.spool.move_aside(&self.path());
+                let text = format!("its message cannot be read, it is moved to damaged/: {error}");
+                io::Error::new(ErrorKind::InvalidData, text)
+            }
+            _ => error,
+        }
+    }
+
     /// The backup has it, for all that were still owed it.
     ///
     /// # Errors
