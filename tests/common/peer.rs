@@ -260,6 +260,11 @@ impl Sink {
         self.shared.lock().messages.iter().filter(|message| message.accepted).cloned().collect()
     }
 
+    /// How many they are.
+    pub fn accepted(&self) -> usize {
+        self.shared.lock().messages.iter().filter(|message| message.accepted).count()
+    }
+
     /// The messages so far, accepted or not.
     pub fn attempts(&self) -> Vec<Received> {
         self.shared.lock().messages.clone()

@@ -1,6 +1,9 @@
 //! A private Postfix for one test: its own configuration, queue and log below a temporary folder,
 //! on the loopback only, stopped when dropped. The machine's own Postfix is not touched.
 
+// Each test program uses its own part of this.
+#![allow(dead_code)]
+
 use std::fmt::Write as _;
 use std::io::Write as _;
 use std::net::{SocketAddr, TcpListener};
@@ -17,18 +20,28 @@ use tempfile::TempDir;
 /// delivery that was put off by mistake is next tried after Postfix's minimal_backoff_time, 300 s.
 pub const PATIENCE: Duration = Duration::from_secs(120);
 
+/// The folders where programs are sought: those of root, whatever the PATH of this process.
+const FOLDERS: &str = "/usr/sbin:/usr/bin:/sbin:/bin";
+
 /// Whether these tests can run here. Under CI they have to.
 pub fn available() -> bool {
-    let lacking = if !Path::new("/usr/sbin/postfix").exists() {
-        "Postfix is not installed"
+    can_run(&["postfix"])
+}
+
+/// Whether tests that need root and these programs can run here. Under CI they have to.
+pub fn can_run(programs: &[&str]) -> bool {
+    let is_there = |name: &str| FOLDERS.split(':').any(|dir| Path::new(dir).join(name).exists());
+    let lacking = if let Some(name) = programs.iter().find(|name| !is_there(name)) {
+        format!("{name} is not installed")
     } else if !fs::metadata("/proc/self").is_ok_and(|me| me.uid() == 0) {
-        "starting a private Postfix needs root"
+        "this needs root".into()
     } else {
         return true;
     };
     assert!(env::var_os("CI").is_none(), "{lacking}, and CI is set");
     // Not eprintln: the test harness would keep the text of a test that passes.
-    let notice = format!("SKIPPED, NOT TESTED: {lacking}\n");
+    let test = thread::current().name().unwrap_or_default().to_owned();
+    let notice = format!("{test} SKIPPED, NOT TESTED: {lacking}\n");
     io::stderr().write_all(notice.as_bytes()).unwrap();
     false
 }
@@ -49,7 +62,7 @@ pub fn free_address() -> SocketAddr {
 /// A command of Postfix or of its test tools, which may be outside the PATH of this process.
 pub fn command(name: &str) -> Command {
     let mut command = Command::new(name);
-    command.env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
+    command.env("PATH", FOLDERS);
     command
 }
 
@@ -57,51 +70,139 @@ pub struct Postfix {
     dir: TempDir,
     /// Where it takes mail.
     pub address: SocketAddr,
+    /// Where example.com's mail goes.
+    pub next_hop: SocketAddr,
+    /// Words before each of its commands: what they are to run in.
+    prefix: Vec<String>,
+}
+
+/// What an instance is to have.
+#[derive(Default)]
+pub struct Setup<'a> {
+    /// Lines for main.cf.
+    pub settings: &'a str,
+    /// Lines for master.cf, given a free address for a service of the test's own, to which then
+    /// example.com's mail goes. Asked again when that address turns out to be taken.
+    pub services: Option<&'a dyn Fn(SocketAddr) -> String>,
+    /// A program to install as `smtp-dup` beside the daemons, in a daemon_directory of our own.
+    pub daemon: Option<&'a Path>,
+    /// Words before each command.
+    pub prefix: Vec<String>,
 }
 
 impl Postfix {
     /// Starts an instance whose transport map sends example.com to `next_hop`. Bounces to
     /// sender.test vanish, mail to anywhere else is an error. `settings` are lines for main.cf.
     pub fn start(next_hop: SocketAddr, settings: &str) -> Postfix {
+        Postfix::launch(Some(next_hop), Setup { settings, ..Setup::default() })
+    }
+
+    /// The same, where the mail goes to a service of the instance itself.
+    pub fn hosting(setup: Setup) -> Postfix {
+        Postfix::launch(None, setup)
+    }
+
+    fn launch(next_hop: Option<SocketAddr>, setup: Setup) -> Postfix {
         let dir = tempfile::Builder::new().prefix("pf-").tempdir().unwrap();
         // The daemons run as user postfix and must be able to get in.
         fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
-        let mut postfix = Postfix { dir, address: free_address() };
-        let path = |name: &str| postfix.dir.path().join(name);
-        fs::create_dir(path("etc")).unwrap();
-        fs::create_dir(path("spool")).unwrap();
+        let prefix = setup.prefix.clone();
+        let (address, other) = (free_address(), next_hop.unwrap_or_else(free_address));
+        let mut postfix = Postfix { dir, address, next_hop: other, prefix };
+        fs::create_dir(postfix.path("etc")).unwrap();
+        fs::create_dir(postfix.path("spool")).unwrap();
         let mut install = command("install");
         install.args(["-d", "-o", "postfix", "-m", "700"]);
-        run(install.arg(path("data")));
-        fs::write(
-            path("etc/transport"),
-            format!(
-                "example.com smtp:[{}]:{}\nsender.test discard:\n",
-                next_hop.ip(),
-                next_hop.port()
-            ),
-        )
-        .unwrap();
-        fs::write(path("etc/main.cf"), main_cf(postfix.dir.path(), settings)).unwrap();
-        // Somebody may take the port before the master does: try another one then.
+        run(install.arg(postfix.path("data")));
+        let mut text = main_cf(postfix.dir.path(), setup.settings);
+        if let Some(program) = setup.daemon {
+            postfix.install(program);
+            writeln!(text, "daemon_directory = {}", postfix.path("libexec").display()).unwrap();
+        }
+        fs::write(postfix.path("etc/main.cf"), text).unwrap();
+        // Somebody may take a port before the master does: try others then.
         for attempt in 1.. {
-            fs::write(postfix.dir.path().join("etc/master.cf"), master_cf(postfix.address))
-                .unwrap();
+            let services = setup.services.map(|services| services(postfix.next_hop));
+            postfix.set_services(&services.unwrap_or_default());
+            let hop = format!("smtp:[{}]:{}", postfix.next_hop.ip(), postfix.next_hop.port());
+            let transports = format!("example.com {hop}\nsender.test discard:\n");
+            fs::write(postfix.path("etc/transport"), transports).unwrap();
             let output = postfix.command("postfix").arg("start").output().unwrap();
             if output.status.success() {
                 break;
             }
             assert!(attempt < 5, "postfix start: {output:?}\n{}", postfix.log_text());
             postfix.address = free_address();
+            postfix.next_hop = next_hop.unwrap_or_else(free_address);
         }
         postfix
     }
 
+    /// The daemons, and a program of ours among them. Copies, since links are something that
+    /// `postfix check` warns of; made by other processes, since a file that this one had open for
+    /// writing while another thread forks could not be executed.
+    fn install(&self, program: &Path) {
+        let daemons = run(command("postconf").args(["-dh", "daemon_directory"])).stdout;
+        let daemons = String::from_utf8(daemons).unwrap();
+        run(command("cp").args(["-a", daemons.trim()]).arg(self.path("libexec")));
+        let mut install = command("install");
+        run(install.args(["-m", "755"]).arg(program).arg(self.path("libexec/smtp-dup")));
+    }
+
+    /// The path of something in its folder: `etc`, `spool` (its queue directory), `libexec`.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// From the next start or reload on, master.cf has these lines besides Postfix's own.
+    pub fn set_services(&self, services: &str) {
+        let text = master_cf(self.address) + services + "\n";
+        fs::write(self.path("etc/master.cf"), text).unwrap();
+    }
+
+    /// From the next start on, main.cf has these lines, too.
+    pub fn add_settings(&self, settings: &str) {
+        let path = self.path("etc/main.cf");
+        let text = fs::read_to_string(&path).unwrap() + settings + "\n";
+        fs::write(path, text).unwrap();
+    }
+
     /// `postfix`, `postqueue` and the like, for this instance.
     fn command(&self, name: &str) -> Command {
-        let mut command = command(name);
-        command.arg("-c").arg(self.dir.path().join("etc"));
+        let mut command = match self.prefix.split_first() {
+            None => command(name),
+            Some((first, others)) => {
+                let mut prefixed = command(first);
+                prefixed.args(others).arg(name);
+                prefixed
+            }
+        };
+        command.arg("-c").arg(self.path("etc"));
         command
+    }
+
+    /// `postfix WHAT`, which has to succeed: `start`, `stop`, `reload`, `check`. What it said.
+    #[track_caller]
+    pub fn postfix(&self, what: &str) -> String {
+        let output = run(self.command("postfix").arg(what));
+        String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned()
+    }
+
+    /// Starts it again, as soon as the remains of one that was killed let go of its port.
+    #[track_caller]
+    pub fn start_after_kill(&self) {
+        let end = Instant::now() + PATIENCE;
+        while !self.command("postfix").arg("start").output().unwrap().status.success() {
+            assert!(Instant::now() < end, "postfix does not start: {}", self.log_text());
+            thread::sleep(Duration::from_millis(100));
+        }
+    }
+
+    /// The process of master(8).
+    #[track_caller]
+    pub fn master(&self) -> u32 {
+        let text = fs::read_to_string(self.path("spool/pid/master.pid")).unwrap();
+        text.trim().parse().unwrap()
     }
 
     /// Tries all deferred mail again now, dead destinations included.
@@ -117,8 +218,8 @@ impl Postfix {
     }
 
     fn log_text(&self) -> String {
-        let log: PathBuf = self.dir.path().join("mail.log");
-        String::from_utf8_lossy(&fs::read(log).unwrap_or_default()).into_owned()
+        let log = fs::read(self.path("mail.log")).unwrap_or_default();
+        String::from_utf8_lossy(&log).into_owned()
     }
 
     /// The log lines that have each of `parts` in them.
@@ -180,7 +281,7 @@ impl Drop for Postfix {
             let tail = log.len().saturating_sub(500);
             eprintln!("--- the log of Postfix:\n{}\n---", log[tail..].join("\n"));
         }
-        let master = fs::read_to_string(self.dir.path().join("spool/pid/master.pid"));
+        let master = fs::read_to_string(self.path("spool/pid/master.pid"));
         let stopped = self.command("postfix").arg("stop").output();
         if stopped.is_ok_and(|output| output.status.success()) {
             return;

@@ -3,9 +3,10 @@
 use std::collections::BTreeSet;
 use std::thread;
 
+use crate::Route;
 use crate::common::{Action, Client, Event, SinkOptions};
 use crate::instance::available;
-use crate::{Route, assert_is_letter, letter, message_id, submit};
+use crate::letters::{assert_is_letter, letter, message_id, submit};
 
 #[test]
 fn plain_mail() {

@@ -11,7 +11,8 @@ use tempfile::TempDir;
 
 use crate::common::{Client, Dup, Sink, config};
 use crate::instance::{PATIENCE, Postfix, available, command, free_address};
-use crate::{assert_is_letter, assert_same, letter, message_id, sorted, stop, wait_count};
+use crate::letters::{assert_is_letter, assert_same, letter, message_id, sorted, wait_count};
+use crate::stop;
 
 /// Postfix's smtp-sink(1), which stores each message in a file. It is killed when dropped.
 struct SmtpSink {

@@ -1,6 +1,5 @@
 //! Servers that are down or refuse, and a restart: no mail is lost, and none comes twice.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -8,7 +7,10 @@ use std::time::{Duration, Instant};
 
 use crate::common::{Action, Client, Dup, Event, Signal, Sink, SinkOptions, config};
 use crate::instance::{PATIENCE, Postfix, available, free_address};
-use crate::{Route, assert_is_letter, assert_same, letter, message_id, sorted, stop, wait_count};
+use crate::letters::{
+    assert_is_letter, assert_same, by_id, letter, message_id, sorted, wait_count,
+};
+use crate::{Route, stop};
 
 fn numbered(number: usize) -> Vec<u8> {
     letter(&format!("{number:03}"), format!("This is number {number}.\r\n").as_bytes())
@@ -222,13 +224,4 @@ fn restart_under_load() {
     for (id, data) in &primary {
         assert_eq!([first.get(id), second.get(id)], [Some(data), Some(data)], "{id}");
     }
-}
-
-/// What came of each message, as often as it came.
-fn by_id(sink: &Sink) -> BTreeMap<String, Vec<Vec<u8>>> {
-    let mut map = BTreeMap::<_, Vec<_>>::new();
-    for message in sink.messages() {
-        map.entry(message_id(&message.data)).or_default().push(message.data);
-    }
-    map
 }
