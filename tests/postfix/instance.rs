@@ -217,6 +217,18 @@ impl Postfix {
         text.lines().map(str::to_owned).collect()
     }
 
+    /// Waits until the queue is empty. Tries again all the time what was put off, and what a queue
+    /// manager found in the hands of its predecessor's agents, which can be until its next look.
+    #[track_caller]
+    pub fn drain(&self) {
+        let end = Instant::now() + PATIENCE;
+        while !self.queue().is_empty() {
+            assert!(Instant::now() < end, "the queue does not drain: {:#?}", self.queue());
+            self.flush();
+            thread::sleep(Duration::from_millis(500));
+        }
+    }
+
     fn log_text(&self) -> String {
         let log = fs::read(self.path("mail.log")).unwrap_or_default();
         String::from_utf8_lossy(&log).into_owned()

@@ -1,0 +1,198 @@
+//! `postfix reload`, and Postfix stopped and started, while mail flows: the successor serves at
+//! once and with the new configuration, and no mail notices.
+
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::common::{Client, wait_until};
+use crate::instance::{PATIENCE, available};
+use crate::letters::{compared, wait_count};
+use crate::master::Hosted;
+use crate::program::{assert_runs_as, parent_of};
+use crate::{Gate, Route, USER, numbered};
+
+/// Letters on their way at a time: enough that mail flows always, and that the end comes soon.
+const IN_FLIGHT: usize = 40;
+
+/// Gives numbered letters to Postfix, over five connections at once, as long as `what` runs. How
+/// many they were.
+#[track_caller]
+fn under_load(hosted: &Hosted, what: impl FnOnce()) -> usize {
+    let (next, done) = (AtomicUsize::new(0), AtomicBool::new(false));
+    let (next, done) = (&next, &done);
+    // A panic in `what` has to end the load, too.
+    struct Done<'a>(&'a AtomicBool);
+    impl Drop for Done<'_> {
+        fn drop(&mut self) {
+            self.0.store(true, Ordering::SeqCst);
+        }
+    }
+    let send = move || {
+        while !done.load(Ordering::SeqCst) {
+            // Postfix's own server takes part in the reload; each of its sessions is short.
+            let mut client = Client::ready(hosted.postfix.address);
+            for _ in 0..5 {
+                let number = next.fetch_add(1, Ordering::SeqCst);
+                let to = ["b@example.com"];
+                let reply = client.message("a@sender.test", &to, &numbered(number));
+                assert_eq!(reply.code, 250, "{reply:?}");
+                let end = Instant::now() + PATIENCE;
+                while number > hosted.route.sinks[0].accepted() + IN_FLIGHT {
+                    assert!(Instant::now() < end, "mail does not flow");
+                    thread::sleep(Duration::from_millis(2));
+                }
+            }
+        }
+    };
+    thread::scope(|scope| {
+        (0..5).for_each(|_| drop(scope.spawn(send)));
+        let _done = Done(done);
+        what();
+    });
+    next.load(Ordering::SeqCst)
+}
+
+/// Waits until a client is greeted with this name.
+#[track_caller]
+fn wait_domain(hosted: &Hosted, domain: &str) {
+    wait_until(domain, || {
+        let greeting = Client::connect(hosted.service()).reply();
+        assert_eq!(greeting.code, 220, "{greeting:?}");
+        greeting.lines[0].split(' ').next() == Some(domain)
+    });
+}
+
+/// More mail than is on its way has to come: that which was sent after now.
+#[track_caller]
+fn wait_for_more(hosted: &Hosted) {
+    let primary = &hosted.route.sinks[0];
+    wait_count(primary, primary.accepted() + 2 * IN_FLIGHT);
+}
+
+#[test]
+fn ten_reloads_under_load() {
+    if !available() {
+        return;
+    }
+    let hosted = Hosted::start(Route::start());
+    let count = under_load(&hosted, || {
+        wait_for_more(&hosted);
+        for number in 1..=10 {
+            let domain = format!("dup{number}.example");
+            hosted.route.configure(&format!("domain: {domain}"), "");
+            hosted.postfix.postfix("reload");
+            wait_domain(&hosted, &domain);
+            wait_for_more(&hosted);
+        }
+    });
+    hosted.assert_delivered(count);
+    // Each reload brought another process, and each was asked to end but not hurried.
+    let mut served: Vec<_> = hosted.postfix.log(&["]: starting smtp-dup "]);
+    served.iter_mut().for_each(|line| line.truncate(line.find("]: ").unwrap()));
+    served.dedup_by_key(|line| line.rsplit('[').next().unwrap().to_owned());
+    assert_eq!(served.len(), 11, "{served:#?}");
+    assert_eq!(hosted.postfix.log(&["smtp-dup[", "error: "]), [""; 0]);
+    assert_eq!(hosted.postfix.log(&["master[", "exit status"]), [""; 0]);
+}
+
+/// The old process has a transaction that takes its time; the new one does not wait for it.
+#[test]
+fn a_slow_transaction_does_not_hold_the_reload() {
+    if !available() {
+        return;
+    }
+    let gate = Gate::default();
+    let hosted = Hosted::start(Route::behind(&gate));
+    let mut slow = hosted.in_flight(&gate);
+    let (_, old) = hosted.parent_and_child();
+    hosted.route.configure("domain: new.example", "");
+    hosted.postfix.postfix("reload");
+    wait_domain(&hosted, "new.example");
+    hosted.deliver(1);
+    assert!(hosted.program.pids().contains(&old), "the old process has left its transaction");
+    // What master(8) does not know any more is still nobody else.
+    assert_runs_as(old, USER, USER);
+    gate.open();
+    slow.expect_reply(250);
+    wait_until("the old process gone", || !hosted.program.pids().contains(&old));
+    hosted.route.wait(2);
+    hosted.stop();
+    assert_eq!(hosted.route.sinks.each_ref().map(|sink| sink.accepted()), [2; 3]);
+}
+
+/// `postfix stop` ends the listeners at once and not the transactions; a Postfix that is started
+/// at once gets each connection.
+#[test]
+fn stop_and_start_at_once() {
+    if !available() {
+        return;
+    }
+    let gate = Gate::default();
+    let hosted = Hosted::start(Route::behind(&gate));
+    let mut slow = hosted.in_flight(&gate);
+    let (_, old) = hosted.parent_and_child();
+    hosted.postfix.postfix("stop");
+    hosted.postfix.postfix("start");
+    // A listener that the old process had kept would get some of them.
+    for number in 1..=20 {
+        hosted.deliver(number);
+    }
+    hosted.submit(21..31);
+    hosted.postfix.wait_removed(10);
+    assert!(hosted.program.pids().contains(&old), "the old process has left its transaction");
+    gate.open();
+    slow.expect_reply(250);
+    hosted.route.wait(31);
+    wait_until("the old process gone", || !hosted.program.pids().contains(&old));
+    assert_eq!(hosted.postfix.log(&["status=deferred"]), [""; 0]);
+    hosted.stop();
+    assert_eq!(hosted.route.sinks.each_ref().map(|sink| sink.accepted()), [31; 3]);
+}
+
+#[test]
+fn stop_and_start_under_load() {
+    if !available() {
+        return;
+    }
+    let hosted = Hosted::start(Route::start());
+    hosted.submit(0..200);
+    wait_count(&hosted.route.sinks[0], 20);
+    for _ in 0..5 {
+        hosted.postfix.postfix("stop");
+        hosted.postfix.postfix("start");
+    }
+    // Postfix may have been ended between a final dot and its answer, and sends again. Nothing is
+    // lost, and every copy of what the primary has was sent before the process ended.
+    hosted.postfix.drain();
+    hosted.stop();
+    hosted.route.assert_none_lost(200);
+    compared(&hosted.route.sinks, hosted.route.sinks[0].accepted());
+}
+
+/// An entry that is removed from master.cf: master(8) waits for the process that it knows, and
+/// does nothing else meanwhile.
+#[test]
+fn master_does_not_wait_for_a_service_that_is_removed() {
+    if !available() {
+        return;
+    }
+    let gate = Gate::default();
+    let hosted = Hosted::start(Route::behind(&gate));
+    let mut slow = hosted.in_flight(&gate);
+    let (parent, _) = hosted.parent_and_child();
+    assert_eq!(parent_of(parent), Some(hosted.postfix.master()));
+    hosted.postfix.set_services("");
+    hosted.postfix.postfix("reload");
+    // Its other services go on: a message to nowhere is answered by a daemon that it has to start.
+    let mut client = Client::ready(hosted.postfix.address);
+    let reply = client.message("a@sender.test", &["b@sender.test"], &numbered(0));
+    assert_eq!(reply.code, 250, "{reply:?}");
+    hosted.postfix.wait_log(1, &["to=<b@sender.test>", "status=sent"]);
+    wait_until("the parent gone", || !hosted.program.pids().contains(&parent));
+    wait_until("refused connections", || std::net::TcpStream::connect(hosted.service()).is_err());
+    gate.open();
+    slow.expect_reply(250);
+    hosted.program.wait_gone(Duration::from_secs(20));
+    hosted.route.wait(1);
+}
