@@ -10,6 +10,7 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+mod inetd;
 #[path = "../postfix/instance.rs"]
 mod instance;
 #[path = "../postfix/letters.rs"]
@@ -17,9 +18,13 @@ mod letters;
 mod master;
 mod master_ends;
 mod master_refuses;
+mod one_session;
 mod program;
 mod reload;
+mod spawn;
+mod standalone;
 mod syslog;
+mod systemd;
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
