@@ -14,16 +14,16 @@ use crate::one_session::{self, Service};
 use crate::program::{Launcher, Program, assert_runs_as, kill, user_and_group};
 use crate::spawn::assert_tagged;
 use crate::syslog::Syslog;
-use crate::{Route, USER, numbered};
+use crate::{Gate, Route, USER, numbered};
 
 /// Runs a test with an inetd that starts smtp-dup. `kind` is its `wait` or `nowait`, `words` are
 /// for smtp-dup.
 #[track_caller]
-fn inetd(kind: &str, words: &str, test: impl FnOnce(&Service)) {
+fn inetd(route: Route, kind: &str, words: &str, test: impl FnOnce(&Service)) {
     if !can_run(&["inetd", "unshare"]) {
         return;
     }
-    let (route, program, syslog) = (Route::start(), Program::copy(), Syslog::start());
+    let (program, syslog) = (Program::copy(), Syslog::start());
     let (path, config) = (program.path().display(), route.config_file());
     let prepare = |address: SocketAddr| {
         let (ip, port) = (address.ip(), address.port());
@@ -46,7 +46,7 @@ fn inetd(kind: &str, words: &str, test: impl FnOnce(&Service)) {
 /// inetd's default of 256 starts a minute would do, just.
 #[track_caller]
 fn nowait(test: impl FnOnce(&Service)) {
-    inetd("nowait.1000", "inetd", test);
+    inetd(Route::start(), "nowait.1000", "inetd", test);
 }
 
 /// Runs a test with a tcpserver that starts smtp-dup, which sees by itself what it has got.
@@ -119,10 +119,18 @@ fn a_client_that_leaves_inetd() {
     nowait(|service| one_session::a_client_that_leaves(service));
 }
 
+#[test]
+fn a_signal_does_not_cut_a_transaction() {
+    let gate = Gate::default();
+    inetd(Route::behind(&gate), "nowait", "inetd", |service| {
+        one_session::a_signal_does_not_cut(service, &gate);
+    });
+}
+
 /// Without the word `inetd`: it sees the socket.
 #[test]
 fn a_connected_socket_is_seen() {
-    inetd("nowait", "", |service| {
+    inetd(Route::start(), "nowait", "", |service| {
         let mut client = Client::ready(service.address);
         assert_runs_as(service.program.wait_pids(1)[0], USER, USER);
         let reply = client.message("a@sender.test", &["b@example.com"], &numbered(0));
@@ -137,7 +145,7 @@ fn a_connected_socket_is_seen() {
 /// One process takes all connections until it is told to end; inetd starts the next one then.
 #[test]
 fn inetd_wait() {
-    inetd("wait", "", |service| {
+    inetd(Route::start(), "wait", "", |service| {
         for number in 0..3 {
             let mut client = Client::ready(service.address);
             let reply = client.message("a@sender.test", &["b@example.com"], &numbered(number));
@@ -161,7 +169,7 @@ fn inetd_wait() {
 /// The same two hundred, who find one process.
 #[test]
 fn two_hundred_at_once_with_inetd_wait() {
-    inetd("wait", "", |service| {
+    inetd(Route::start(), "wait", "", |service| {
         service.route.configure("max_connections: 250", "");
         let end = std::thread::scope(|scope| {
             let end = scope.spawn(|| {

@@ -2,7 +2,7 @@
 //! master.cf, with and without chroot, privileges, further listeners.
 
 use std::fs;
-use std::net::{SocketAddr, TcpListener};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::ops::Range;
 use std::os::unix::fs::PermissionsExt;
 use std::process::Stdio;
@@ -76,13 +76,15 @@ impl Hosted {
         self.postfix.postfix("start");
     }
 
-    /// A message straight to smtp-dup, without Postfix's queue before it.
+    /// A message straight to smtp-dup, without Postfix's queue before it. A process that is about
+    /// to leave says so behind it.
     #[track_caller]
     pub fn deliver(&self, number: usize) {
         let mut client = Client::ready(self.service());
         let reply = client.message("a@sender.test", &["b@example.com"], &numbered(number));
         assert_eq!(reply.code, 250, "{reply:?}");
-        client.expect("QUIT", 221);
+        let reply = client.cmd("QUIT");
+        assert!([221, 421].contains(&reply.code), "{reply:?}");
         client.closed();
     }
 
@@ -265,17 +267,70 @@ fn two_listeners() {
     }
 }
 
-/// Its options as master(8) gives them, and one that an administrator may write.
+/// `-v` as an administrator may write it, and `-z` and `-o stress=` as master(8) gives them when
+/// there may be more than one process. There is one all the same.
 #[test]
-fn verbose() {
+fn verbose_and_without_a_limit_of_processes() {
     if !available() {
         return;
     }
-    let route = Route::start();
-    let hosted = Hosted::entry(route, "n - n - 1", &format!("-v user={USER}"));
+    for most in ["-", "0", "5"] {
+        let fields = format!("n - n - {most}");
+        let hosted = Hosted::entry(Route::start(), &fields, &format!("-v user={USER}"));
+        hosted.submit(0..20);
+        hosted.postfix.wait_log(1, &["postfix/smtp-dup[", "]: debug: client=127.0.0.1:"]);
+        hosted.route.wait(20);
+        assert_eq!(hosted.program.pids().len(), 2, "maxproc {most}");
+        hosted.assert_delivered(20);
+    }
+}
+
+/// A time in the wakeup field starts it together with Postfix, by a connection that says `W`.
+#[test]
+fn woken_up() {
+    if !available() {
+        return;
+    }
+    let hosted = Hosted::entry(Route::start(), "n - n 3 1", &format!("user={USER}"));
+    let first = hosted.parent_and_child();
     hosted.submit(0..1);
-    hosted.postfix.wait_log(1, &["postfix/smtp-dup[", "]: debug: client=127.0.0.1:"]);
+    assert_eq!(hosted.parent_and_child(), first);
     hosted.assert_delivered(1);
+    assert_eq!(hosted.postfix.log(&["smtp-dup[", "error: "]), [""; 0]);
+}
+
+/// Two duplicators with two configurations, each of which only root can read.
+#[test]
+fn two_services() {
+    if !available() {
+        return;
+    }
+    let (route, other) = (Route::start(), Route::start());
+    for folder in [route.folder(), other.folder()] {
+        fs::set_permissions(folder, fs::Permissions::from_mode(0o700)).unwrap();
+        let config = folder.join("config.yaml");
+        fs::set_permissions(config, fs::Permissions::from_mode(0o600)).unwrap();
+    }
+    let folders = [route.folder(), other.folder()].map(|folder| folder.display().to_string());
+    let second = |first: SocketAddr| SocketAddr::from((Ipv4Addr::new(127, 0, 0, 2), first.port()));
+    let entries = |first| {
+        let [one, two] = &folders;
+        format!(
+            "{first} inet n - n - 1 smtp-dup user={USER} directory={one}\n\
+             {} inet n - y - 1 smtp-dup user={USER} directory={two}",
+            second(first)
+        )
+    };
+    let hosted = Hosted::with(route, Setup { services: Some(&entries), ..Setup::default() });
+    hosted.submit(0..5);
+    let mut client = Client::ready(second(hosted.service()));
+    let reply = client.message("a@sender.test", &["b@example.com"], &numbered(0));
+    assert_eq!(reply.code, 250, "{reply:?}");
+    drop(client);
+    other.wait(1);
+    hosted.program.wait_pids(4);
+    hosted.assert_delivered(5);
+    other.assert_numbered(1);
 }
 
 #[test]

@@ -164,7 +164,9 @@ fn a_signal_does_not_cut_a_transaction() {
     }
     for (to_parent, to_child) in [(true, false), (false, true), (true, true)] {
         let gate = Gate::default();
-        let hosted = hosted(Route::behind(&gate));
+        let route = Route::behind(&gate);
+        route.configure("", "timeout_seconds: 1");
+        let hosted = hosted(route);
         let mut slow = hosted.in_flight(&gate);
         let (parent, child) = hosted.parent_and_child();
         for (pid, _) in [(parent, to_parent), (child, to_child)].iter().filter(|(_, is)| *is) {
@@ -174,6 +176,8 @@ fn a_signal_does_not_cut_a_transaction() {
         hosted.postfix.wait_log(2, &[&format!("/smtp-dup[{child}]: ")]);
         // Others are served meanwhile.
         hosted.deliver(1);
+        // Nothing happens when timeout_seconds are over, nor for as long again.
+        assert!(slow.is_silent(Duration::from_millis(2500)));
         gate.open();
         slow.expect_reply(250);
         wait_until("both gone", || {

@@ -7,8 +7,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::common::{Action, Client, Event, SinkOptions, wait_until};
-use crate::program::Program;
-use crate::{Route, numbered, write_config};
+use crate::program::{Program, kill};
+use crate::{Gate, Route, numbered, write_config};
 
 /// A launcher that listens.
 pub struct Service<'a> {
@@ -142,6 +142,23 @@ pub fn a_silent_backup_keeps_nobody(service: &Service) {
     let bound = Duration::from_secs(2 * TIMEOUT + 1).saturating_sub(since.elapsed());
     service.program.wait_gone(bound);
     service.wait_log("status=lost");
+}
+
+/// A signal to the one process, as a service manager that stops all sends it: what the primary
+/// has been given is waited for.
+#[track_caller]
+pub fn a_signal_does_not_cut(service: &Service, gate: &Gate) {
+    service.route.configure("", "timeout_seconds: 1");
+    let mut client = Client::ready(service.address);
+    client.envelope("a@sender.test", &["b@example.com"]);
+    client.send([numbered(0), b".\r\n".to_vec()].concat());
+    gate.wait();
+    assert!(kill("TERM", service.program.wait_pids(1)[0]));
+    assert!(client.is_silent(Duration::from_millis(2500)));
+    gate.open();
+    client.expect_reply(250);
+    service.program.wait_gone(Duration::from_secs(20));
+    service.route.wait(1);
 }
 
 /// A client that goes away without a word leaves no process.

@@ -122,32 +122,44 @@ fn a_slow_transaction_does_not_hold_the_reload() {
 }
 
 /// `postfix stop` ends the listeners at once and not the transactions; a Postfix that is started
-/// at once gets each connection.
+/// at once gets each connection. The old process logs where the new ones do, in a chroot, too, if
+/// its user may: the new postlogd's socket lies in a folder that only Postfix may enter.
 #[test]
 fn stop_and_start_at_once() {
     if !available() {
         return;
     }
-    let gate = Gate::default();
-    let hosted = Hosted::start(Route::behind(&gate));
-    let mut slow = hosted.in_flight(&gate);
-    let (_, old) = hosted.parent_and_child();
-    hosted.postfix.postfix("stop");
-    hosted.postfix.postfix("start");
-    // A listener that the old process had kept would get some of them.
-    for number in 1..=20 {
-        hosted.deliver(number);
+    for (chroot, user) in [("n", USER), ("y", USER), ("n", "postfix"), ("y", "postfix")] {
+        let gate = Gate::default();
+        let fields = format!("n - {chroot} - 1");
+        let hosted = Hosted::entry(Route::behind(&gate), &fields, &format!("user={user}"));
+        let mut slow = hosted.in_flight(&gate);
+        let (_, old) = hosted.parent_and_child();
+        hosted.postfix.postfix("stop");
+        hosted.postfix.postfix("start");
+        // A listener that the old process had kept would get some of them.
+        for number in 1..=20 {
+            hosted.deliver(number);
+        }
+        hosted.submit(21..31);
+        hosted.postfix.wait_removed(10);
+        assert!(hosted.program.pids().contains(&old), "the old process has left its transaction");
+        gate.open();
+        slow.expect_reply(250);
+        hosted.route.wait(31);
+        wait_until("the old process gone", || !hosted.program.pids().contains(&old));
+        if user == "postfix" {
+            let of_old = format!("/smtp-dup[{old}]: ");
+            wait_until(&format!("its log, chroot {chroot}"), || {
+                !hosted.postfix.log(&[&of_old, "stopped"]).is_empty()
+            });
+            let sent = hosted.postfix.log(&[&of_old, "status=sent"]);
+            assert_eq!(sent.len(), 3, "{sent:#?}");
+        }
+        assert_eq!(hosted.postfix.log(&["status=deferred"]), [""; 0]);
+        hosted.stop();
+        assert_eq!(hosted.route.sinks.each_ref().map(|sink| sink.accepted()), [31; 3]);
     }
-    hosted.submit(21..31);
-    hosted.postfix.wait_removed(10);
-    assert!(hosted.program.pids().contains(&old), "the old process has left its transaction");
-    gate.open();
-    slow.expect_reply(250);
-    hosted.route.wait(31);
-    wait_until("the old process gone", || !hosted.program.pids().contains(&old));
-    assert_eq!(hosted.postfix.log(&["status=deferred"]), [""; 0]);
-    hosted.stop();
-    assert_eq!(hosted.route.sinks.each_ref().map(|sink| sink.accepted()), [31; 3]);
 }
 
 #[test]

@@ -9,11 +9,11 @@ use std::os::unix::net::{SocketAddr as UnixAddress, UnixDatagram};
 use std::process::Command;
 use std::time::Duration;
 
-use crate::common::{BOUND, Client, Dup, Signal};
+use crate::common::{BOUND, Client, Dup, Signal, Sink, config, wait_until};
 use crate::instance::{can_run, command, free_address};
 use crate::one_session::{self, Service};
-use crate::program::{Launcher, Program, assert_runs_as, kill};
-use crate::{Route, USER, numbered};
+use crate::program::{Launcher, Program, assert_runs_as, binary, kill};
+use crate::{Route, USER, numbered, write_config};
 
 const ACTIVATE: &str = "systemd-socket-activate";
 
@@ -124,39 +124,43 @@ fn listening_socket_as_standard_input() {
 /// Sockets that are somebody else's, as those of a process that was started by the one meant.
 #[test]
 fn sockets_of_another_process_are_left_alone() {
-    let primary = crate::common::Sink::start();
-    let yaml = crate::common::config(primary.addr(), &[], "", "");
+    let primary = Sink::start();
     let others = |command: &mut Command| {
         command.env("LISTEN_PID", "1").env("LISTEN_FDS", "1");
     };
-    let dup = Dup::start_with(others, &yaml);
+    let dup = Dup::start_with(others, &config(primary.addr(), &[], "", ""));
     Client::ready(dup.addr());
 }
 
-/// Type=notify: told when clients can come, and when no more can. Both kinds of sockets.
+/// Type=notify: told when clients can come, and when no more can.
 #[test]
 fn it_notifies() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("notify");
+    assert_notifies(&UnixDatagram::bind(&path).unwrap(), path.to_str().unwrap());
+}
+
+/// The other kind of socket that sd_notify(3) knows.
+#[test]
+fn it_notifies_an_abstract_socket() {
     let name = format!("smtp-dup-test-{}", std::process::id());
-    let named = UnixAddress::from_abstract_name(&name).unwrap();
-    for (socket, variable) in [
-        (UnixDatagram::bind(&path).unwrap(), path.to_str().unwrap().to_owned()),
-        (UnixDatagram::bind_addr(&named).unwrap(), format!("@{name}")),
-    ] {
-        socket.set_read_timeout(Some(BOUND)).unwrap();
-        let primary = crate::common::Sink::start();
-        let yaml = crate::common::config(primary.addr(), &[], "", "");
-        let prepare = |command: &mut Command| {
-            command.env("NOTIFY_SOCKET", &variable);
-        };
-        let dup = Dup::start_with(prepare, &yaml);
-        assert!(heard(&socket).lines().any(|line| line == "READY=1"));
-        Client::ready(dup.addr()).expect("QUIT", 221);
-        dup.signal(Signal::Term);
-        assert!(heard(&socket).lines().any(|line| line == "STOPPING=1"));
-        assert!(dup.wait_exit(BOUND).success());
-    }
+    let address = UnixAddress::from_abstract_name(&name).unwrap();
+    assert_notifies(&UnixDatagram::bind_addr(&address).unwrap(), &format!("@{name}"));
+}
+
+#[track_caller]
+fn assert_notifies(socket: &UnixDatagram, variable: &str) {
+    socket.set_read_timeout(Some(BOUND)).unwrap();
+    let primary = Sink::start();
+    let prepare = |command: &mut Command| {
+        command.env("NOTIFY_SOCKET", variable);
+    };
+    let dup = Dup::start_with(prepare, &config(primary.addr(), &[], "", ""));
+    assert!(heard(socket).lines().any(|line| line == "READY=1"));
+    Client::ready(dup.addr()).expect("QUIT", 221);
+    dup.signal(Signal::Term);
+    assert!(heard(socket).lines().any(|line| line == "STOPPING=1"));
+    assert!(dup.wait_exit(BOUND).success());
 }
 
 #[track_caller]
@@ -171,33 +175,21 @@ fn heard(socket: &UnixDatagram) -> String {
 fn the_journal_gets_priorities() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("journal");
-    let file = fs::File::create(&path).unwrap();
-    let of_file = file.metadata().unwrap();
-    let primary = crate::common::Sink::refusing(Default::default());
-    let yaml = crate::common::config(primary.addr(), &[], "listen: \"127.0.0.1:0\"", "");
-    let config = folder.path().join("test.yaml");
-    fs::write(&config, yaml).unwrap();
-    let mut command = Command::new(crate::program::binary());
-    command.arg("--config").arg(config).current_dir(folder.path()).stderr(file);
+    let journal = fs::File::create(&path).unwrap();
+    let of_file = journal.metadata().unwrap();
+    let primary = Sink::refusing(Default::default());
+    write_config(folder.path(), &config(primary.addr(), &[], "", ""));
+    let mut command = Command::new(binary());
+    command.current_dir(folder.path()).stderr(journal);
     command.env("JOURNAL_STREAM", format!("{}:{}", of_file.dev(), of_file.ino()));
     let mut child = command.spawn().unwrap();
     let said = || fs::read_to_string(&path).unwrap();
-    let is_there = || said().lines().any(|line| line.starts_with("<6>starting smtp-dup "));
-    let mut ended = false;
-    crate::common::wait_until("the first line, or the end", || {
-        ended = child.try_wait().unwrap().is_some();
-        is_there() || ended
-    });
-    let text = said();
-    let address = text.split("listen=").nth(1).and_then(|rest| rest.split(' ').next());
-    let address = address.and_then(|text| text.parse().ok());
-    if let Some(address) = address {
-        let mut client = Client::greeted(address);
-        assert_eq!(client.cmd("EHLO client.example").code, 421);
-    }
+    let line = |start: &str| said().lines().find(|line| line.starts_with(start)).map(String::from);
+    wait_until("<6>starting", || line("<6>starting smtp-dup ").is_some());
+    let starting = line("<6>starting").unwrap();
+    let address = starting.split("listen=").nth(1).unwrap().split(' ').next().unwrap();
+    Client::greeted(address.parse().unwrap()).expect("EHLO client.example", 421);
+    wait_until("<3>error", || line("<3>error: relay=").is_some());
     child.kill().unwrap();
     child.wait().unwrap();
-    let lines = said();
-    assert!(lines.lines().any(|line| line.starts_with("<6>starting smtp-dup ")), "{lines}");
-    assert!(lines.lines().any(|line| line.starts_with("<3>error: relay=")), "{lines}");
 }
