@@ -19,7 +19,7 @@ use crate::{Gate, Route, USER, numbered};
 /// Runs a test with an inetd that starts smtp-dup. `kind` is its `wait` or `nowait`, `words` are
 /// for smtp-dup.
 #[track_caller]
-fn inetd(route: Route, kind: &str, words: &str, test: impl FnOnce(&Service)) {
+pub fn inetd(route: Route, kind: &str, words: &str, test: impl FnOnce(&Service, &Syslog)) {
     if !can_run(&["inetd", "unshare"]) {
         return;
     }
@@ -39,14 +39,14 @@ fn inetd(route: Route, kind: &str, words: &str, test: impl FnOnce(&Service)) {
     };
     let (_inetd, address) = Launcher::listening(prepare);
     let log = || syslog.lines("").join("\n");
-    test(&Service { address, route: &route, program: &program, log: &log });
+    test(&Service { address, route: &route, program: &program, log: &log }, &syslog);
     assert_tagged(&syslog);
 }
 
 /// inetd's default of 256 starts a minute would do, just.
 #[track_caller]
 fn nowait(test: impl FnOnce(&Service)) {
-    inetd(Route::start(), "nowait.1000", "inetd", test);
+    inetd(Route::start(), "nowait.1000", "inetd", |service, _| test(service));
 }
 
 /// Runs a test with a tcpserver that starts smtp-dup, which sees by itself what it has got.
@@ -122,7 +122,7 @@ fn a_client_that_leaves_inetd() {
 #[test]
 fn a_signal_does_not_cut_a_transaction() {
     let gate = Gate::default();
-    inetd(Route::behind(&gate), "nowait", "inetd", |service| {
+    inetd(Route::behind(&gate), "nowait", "inetd", |service, _| {
         one_session::a_signal_does_not_cut(service, &gate);
     });
 }
@@ -130,7 +130,7 @@ fn a_signal_does_not_cut_a_transaction() {
 /// Without the word `inetd`: it sees the socket.
 #[test]
 fn a_connected_socket_is_seen() {
-    inetd(Route::start(), "nowait", "", |service| {
+    inetd(Route::start(), "nowait", "", |service, _| {
         let mut client = Client::ready(service.address);
         assert_runs_as(service.program.wait_pids(1)[0], USER, USER);
         let reply = client.message("a@sender.test", &["b@example.com"], &numbered(0));
@@ -145,7 +145,7 @@ fn a_connected_socket_is_seen() {
 /// One process takes all connections until it is told to end; inetd starts the next one then.
 #[test]
 fn inetd_wait() {
-    inetd(Route::start(), "wait", "", |service| {
+    inetd(Route::start(), "wait", "", |service, _| {
         for number in 0..3 {
             let mut client = Client::ready(service.address);
             let reply = client.message("a@sender.test", &["b@example.com"], &numbered(number));
@@ -169,7 +169,7 @@ fn inetd_wait() {
 /// The same two hundred, who find one process.
 #[test]
 fn two_hundred_at_once_with_inetd_wait() {
-    inetd(Route::start(), "wait", "", |service| {
+    inetd(Route::start(), "wait", "", |service, _| {
         service.route.configure("max_connections: 250", "");
         let end = std::thread::scope(|scope| {
             let end = scope.spawn(|| {

@@ -3,7 +3,7 @@
 //!
 //! One file for each launcher. Those that start a process for each connection share the tests in
 //! `one_session`. `program` finds the processes of the program under test, `syslog` is a syslogd
-//! for one test, `instance` and `letters` are the private Postfix and what is sent through it.
+//! for one test and `logging` what happens when that is ill, `instance` and `letters` are the private Postfix and what is sent through it.
 //!
 //! These tests need root, and the launchers installed. Without them they say so and pass, but not
 //! when CI is set.
@@ -15,6 +15,7 @@ mod inetd;
 mod instance;
 #[path = "../postfix/letters.rs"]
 mod letters;
+mod logging;
 mod master;
 mod master_ends;
 mod master_refuses;

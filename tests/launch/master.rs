@@ -268,9 +268,9 @@ fn two_listeners() {
 }
 
 /// `-v` as an administrator may write it, and `-z` and `-o stress=` as master(8) gives them when
-/// there may be more than one process. There is one all the same.
+/// there may be more than one process.
 #[test]
-fn verbose_and_without_a_limit_of_processes() {
+fn verbose_and_with_several_processes() {
     if !available() {
         return;
     }
@@ -279,8 +279,6 @@ fn verbose_and_without_a_limit_of_processes() {
         let hosted = Hosted::entry(Route::start(), &fields, &format!("-v user={USER}"));
         hosted.submit(0..20);
         hosted.postfix.wait_log(1, &["postfix/smtp-dup[", "]: debug: client=127.0.0.1:"]);
-        hosted.route.wait(20);
-        assert_eq!(hosted.program.pids().len(), 2, "maxproc {most}");
         hosted.assert_delivered(20);
     }
 }

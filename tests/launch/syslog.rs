@@ -6,7 +6,7 @@ use std::net::Shutdown;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixDatagram;
 use std::process::Command;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread;
 
 use tempfile::TempDir;
@@ -32,7 +32,7 @@ exec "$@""#;
 
 pub struct Syslog {
     folder: TempDir,
-    socket: UnixDatagram,
+    socket: Option<UnixDatagram>,
     lines: Arc<Mutex<Vec<String>>>,
 }
 
@@ -40,14 +40,35 @@ impl Syslog {
     pub fn start() -> Syslog {
         let folder = open_folder();
         fs::create_dir(folder.path().join("dev")).unwrap();
-        let path = folder.path().join("log");
+        let mut syslog = Syslog { folder, socket: None, lines: Arc::default() };
+        syslog.restart();
+        syslog
+    }
+
+    /// Ends it. Its socket goes.
+    pub fn stop(&mut self) {
+        if let Some(socket) = self.socket.take() {
+            fs::remove_file(self.folder.path().join("log")).unwrap();
+            // This ends the thread.
+            socket.shutdown(Shutdown::Both).unwrap();
+        }
+    }
+
+    /// Starts it (again), with a new socket.
+    pub fn restart(&mut self) {
+        self.stop();
+        let path = self.folder.path().join("log");
         let socket = UnixDatagram::bind(&path).unwrap();
         // As /dev/log is: for everybody.
         fs::set_permissions(path, fs::Permissions::from_mode(0o666)).unwrap();
-        let lines = Arc::default();
-        let (receiver, collected) = (socket.try_clone().unwrap(), Arc::clone(&lines));
-        thread::spawn(move || collect(&receiver, &collected));
-        Syslog { folder, socket, lines }
+        let (receiver, lines) = (socket.try_clone().unwrap(), Arc::clone(&self.lines));
+        self.socket = Some(socket);
+        thread::spawn(move || collect(&receiver, &lines));
+    }
+
+    /// It takes nothing from its socket until this is dropped; a single line at most.
+    pub fn pause(&self) -> MutexGuard<'_, Vec<String>> {
+        self.lines.lock().unwrap()
     }
 
     /// Words before a command that is to log here, for [`Setup::prefix`].
@@ -82,8 +103,7 @@ impl Syslog {
 
 impl Drop for Syslog {
     fn drop(&mut self) {
-        // This ends the thread.
-        let _ = self.socket.shutdown(Shutdown::Both);
+        self.stop();
         if thread::panicking() {
             eprintln!("--- syslog:\n{}\n---", self.lines("").join("\n"));
         }

@@ -167,16 +167,10 @@ impl Postfix {
         fs::write(path, text).unwrap();
     }
 
-    /// `postfix`, `postqueue` and the like, for this instance.
+    /// `postfix`, `postqueue` and the like, for this instance. What hangs is ended.
     fn command(&self, name: &str) -> Command {
-        let mut command = match self.prefix.split_first() {
-            None => command(name),
-            Some((first, others)) => {
-                let mut prefixed = command(first);
-                prefixed.args(others).arg(name);
-                prefixed
-            }
-        };
+        let mut command = command("timeout");
+        command.arg(PATIENCE.as_secs().to_string()).args(&self.prefix).arg(name);
         command.arg("-c").arg(self.path("etc"));
         command
     }
@@ -318,9 +312,13 @@ fn run(command: &mut Command) -> Output {
     output
 }
 
+/// Ours and those of the test, which go before. Nothing stands there twice: of that every daemon
+/// warns in the log, postlogd(8) too, which waits for itself for ever when its socket is full.
 fn main_cf(dir: &Path, settings: &str) -> String {
     let dir = dir.display();
-    format!(
+    let name = |line: &str| line.split_once('=').map(|(name, _)| name.trim().to_owned());
+    let theirs: Vec<_> = settings.lines().filter_map(name).collect();
+    let ours = format!(
         "compatibility_level = 3.6
 queue_directory = {dir}/spool
 data_directory = {dir}/data
@@ -342,9 +340,11 @@ transport_maps = texthash:{dir}/etc/transport
 default_transport = error:no transport entry
 # Headers pass as they are, so that only Received: is added.
 local_header_rewrite_clients =
-{settings}
 "
-    )
+    );
+    let is_left = |line: &&str| name(line).is_none_or(|name| !theirs.contains(&name));
+    let left = ours.lines().filter(is_left).collect::<Vec<_>>().join("\n");
+    format!("{left}\n{settings}\n")
 }
 
 fn master_cf(address: SocketAddr) -> String {
