@@ -245,7 +245,7 @@ pub fn binary() -> PathBuf {
 }
 
 /// The program in a folder of its own, free of what the environment says.
-fn command(folder: &TempDir, yaml: Option<&str>) -> Command {
+pub fn command(folder: &TempDir, yaml: Option<&str>) -> Command {
     let mut command = Command::new(binary());
     command.current_dir(folder.path());
     for (name, _) in std::env::vars_os() {

@@ -18,7 +18,7 @@ mod socket;
 use std::time::Duration;
 
 pub use client::{Client, Reply};
-pub use dup::{Dup, Signal, binary, config, run};
+pub use dup::{Dup, Signal, binary, command, config, run};
 pub use peer::{Action, DeadHost, Event, Hook, Received, Sink, SinkOptions};
 use socket::{bound, connect};
 
