@@ -22,6 +22,7 @@ mod master_refuses;
 mod one_session;
 mod program;
 mod reload;
+mod snippets;
 mod spawn;
 mod standalone;
 mod syslog;
