@@ -136,7 +136,9 @@ fn the_permanent_service_its_transport_and_a_domain() {
     transports(&postfix, &TRANSPORT, "postfix/domain.transport");
     come_through(&postfix, &route, &["b@example.com", "b@sub.example.com"]);
     let (parent, child) = program.parent_and_child(postfix.master());
-    [parent, child].map(|pid| assert_runs_as(pid, USER, USER));
+    for pid in [parent, child] {
+        assert_runs_as(pid, USER, USER);
+    }
     // The transport's own name in the log, and both programs' words for the same message.
     assert_eq!(postfix.wait_log(2, &["postfix/smtp-dup/smtp[", "status=sent"]).len(), 2);
     assert_eq!(postfix.wait_log(2, &["postfix/smtp-dup[", "role=primary", "status=sent"]).len(), 2);
