@@ -9,7 +9,7 @@ use std::io::{self, ErrorKind, IsTerminal};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixDatagram;
 use std::panic::{self, PanicHookInfo};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::Builder;
 use std::time::{Duration, SystemTime};
@@ -65,9 +65,9 @@ pub enum Place {
     Stderr,
     /// syslog, facility mail, under this name.
     Syslog { tag: String },
-    /// Postfix's own log (`maillog_file`): the socket of its postlogd(8), and the host name and
-    /// the program's name that its lines begin with.
-    Postlog { socket: PathBuf, host: String, tag: String },
+    /// Postfix's own log (`maillog_file`): the socket of its postlogd(8), as named outside and
+    /// inside of a chroot, and the host name and the program's name that its lines begin with.
+    Postlog { sockets: Vec<PathBuf>, host: String, tag: String },
 }
 
 impl Place {
@@ -136,11 +136,11 @@ impl Sink {
             Place::Stderr if is_journal() => Sink::Journal,
             Place::Stderr => Sink::Stderr,
             Place::Syslog { tag } => {
-                Sink::Datagrams(Datagrams::open(SYSLOG.into(), Header::Syslog { tag }))
+                Sink::Datagrams(Datagrams::open(vec![SYSLOG.into()], Header::Syslog { tag }))
             }
-            Place::Postlog { socket, host, tag } => {
+            Place::Postlog { sockets, host, tag } => {
                 let zone = jiff::tz::TimeZone::system();
-                Sink::Datagrams(Datagrams::open(socket, Header::Postlog { host, tag, zone }))
+                Sink::Datagrams(Datagrams::open(sockets, Header::Postlog { host, tag, zone }))
             }
         }
     }
@@ -216,13 +216,13 @@ impl Header {
 }
 
 /// A datagram socket that is connected again when its peer was started anew. It was opened before
-/// any chroot, behind which the path may lead nowhere.
+/// any chroot, behind which the peer has another path, if any.
 ///
 /// Receivers hold few datagrams (net.unix.max_dgram_qlen is 10 on some systems), so that a burst
 /// of mail fills them. What does not go out at once waits in memory, and while anything does, a
 /// thread sees to it; in quiet times there is none.
 struct Datagrams {
-    path: PathBuf,
+    paths: Vec<PathBuf>,
     header: Header,
     queue: Mutex<Queue>,
     /// The queue has become empty.
@@ -242,9 +242,9 @@ struct Queue {
 }
 
 impl Datagrams {
-    fn open(path: PathBuf, header: Header) -> Arc<Datagrams> {
-        let queue = Queue { socket: connect(&path).ok(), ..Queue::default() };
-        Arc::new(Datagrams { path, header, queue: Mutex::new(queue), emptied: Condvar::new() })
+    fn open(paths: Vec<PathBuf>, header: Header) -> Arc<Datagrams> {
+        let queue = Queue { socket: connect(&paths).ok(), ..Queue::default() };
+        Arc::new(Datagrams { paths, header, queue: Mutex::new(queue), emptied: Condvar::new() })
     }
 
     /// Sends a line, or lets it wait.
@@ -314,7 +314,7 @@ impl Datagrams {
                 Err(_) => queue.socket = None,
             }
         }
-        match connect(&self.path).and_then(|new| queue.socket.insert(new).send(line)) {
+        match connect(&self.paths).and_then(|new| queue.socket.insert(new).send(line)) {
             Ok(_) => Sent::Yes,
             Err(error) if error.kind() == ErrorKind::WouldBlock => Sent::Later,
             Err(_) => Sent::Never,
@@ -342,11 +342,18 @@ enum Sent {
     Never,
 }
 
-fn connect(path: &Path) -> io::Result<UnixDatagram> {
+/// To the first of these paths where somebody listens.
+fn connect(paths: &[PathBuf]) -> io::Result<UnixDatagram> {
     let socket = UnixDatagram::unbound()?;
     socket.set_nonblocking(true)?;
-    socket.connect(path)?;
-    Ok(socket)
+    let mut connected = Err(io::ErrorKind::NotFound.into());
+    for path in paths {
+        connected = socket.connect(path);
+        if connected.is_ok() {
+            break;
+        }
+    }
+    connected.map(|()| socket)
 }
 
 /// Waits until the receiver takes more, or has gone; never for long.

@@ -207,7 +207,7 @@ fn under_master(master: Result<Master, String>) -> ExitCode {
     let (master, ready) = match master.and_then(prepare) {
         Ok(prepared) => prepared,
         Err(what) => {
-            let launch = Launch { clients: None, log: master::log_place() };
+            let launch = Launch { clients: None, log: master::log_place(None) };
             return refuse(launch, &what);
         }
     };
@@ -249,7 +249,7 @@ fn prepare(master: Master) -> Result<(Master, Ready), String> {
         spool.folder =
             inside(root, &spool.folder).map_err(|what| format!("relay.spool: {what}"))?;
     }
-    open_log(&config, master::log_place());
+    open_log(&config, master::log_place(root));
     confine(Some(&user), root)?;
     let spool = open_spool(&config)?;
     Ok((master, Ready { config, warnings, store: Store { scratch, spool } }))

@@ -23,6 +23,7 @@ use nix::sys::wait::waitpid;
 use nix::unistd::{ForkResult, Pid, fork};
 
 use super::inherited::{Socket, adopt};
+use super::privileges::inside;
 use crate::logger::Place;
 
 /// The pipe by which Postfix's own servers slow each other down. Not for us.
@@ -280,8 +281,9 @@ fn mail_owner() -> String {
     owners.next_back().unwrap_or_else(|| MAIL_OWNER.into())
 }
 
-/// Where a process that master started logs: as all of Postfix does.
-pub fn log_place() -> Place {
+/// Where a process that master started logs: as all of Postfix does. `root` is the root that it is
+/// going to have, if that is another.
+pub fn log_place(root: Option<&Path>) -> Place {
     let variable = |name| std::env::var(name).ok().filter(|value| !value.is_empty());
     let name = variable("MAIL_LOGTAG").unwrap_or_else(|| "postfix".into());
     let tag = format!("{name}/smtp-dup");
@@ -289,7 +291,13 @@ pub fn log_place() -> Place {
         (Some(socket), Some(name)) => {
             // As in Postfix's own lines, the first part of the name alone.
             let host = name.split('.').next().unwrap_or_default().to_string();
-            Place::Postlog { socket: socket.into(), host, tag }
+            let outside = PathBuf::from(socket);
+            let inside = root.and_then(|root| inside(root, &outside).ok());
+            Place::Postlog {
+                sockets: [Some(outside), inside].into_iter().flatten().collect(),
+                host,
+                tag,
+            }
         }
         _ => Place::Syslog { tag },
     }
