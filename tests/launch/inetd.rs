@@ -28,7 +28,7 @@ pub fn inetd(route: Route, kind: &str, words: &str, test: impl FnOnce(&Service, 
     let prepare = |address: SocketAddr| {
         let (ip, port) = (address.ip(), address.port());
         let line = format!(
-            "{ip}:{port} stream tcp {kind} {USER} {path} smtp-dup --config {} {words}\n",
+            "{ip}:{port} stream tcp4 {kind} {USER} {path} smtp-dup --config {} {words}\n",
             config.display()
         );
         let file = route.folder().join("inetd.conf");

@@ -24,6 +24,7 @@ mod program;
 mod reload;
 mod snippets;
 mod spawn;
+mod spooled;
 mod standalone;
 mod syslog;
 mod systemd;

@@ -28,11 +28,11 @@ fn hosted(route: Route) -> Hosted {
 }
 
 /// Sends 300 letters, kills one of the two processes a few times while they flow, and wants a
-/// message to pass soon after each.
+/// message to pass soon after each. How many letters there were, and Postfix stopped.
 #[track_caller]
-fn kill_under_load(victim: impl Fn((u32, u32)) -> u32) {
+pub fn kill_under_load(route: Route, victim: impl Fn((u32, u32)) -> u32) -> (Hosted, usize) {
     const COUNT: usize = 300;
-    let hosted = hosted(Route::start());
+    let hosted = hosted(route);
     let primary = &hosted.route.sinks[0];
     thread::scope(|scope| {
         scope.spawn(|| hosted.submit(0..COUNT));
@@ -56,6 +56,7 @@ fn kill_under_load(victim: impl Fn((u32, u32)) -> u32) {
     hosted.route.assert_none_lost(COUNT);
     assert_eq!(hosted.postfix.log(&["throttling"]), [""; 0]);
     assert_eq!(hosted.postfix.log(&["status=bounced"]), [""; 0]);
+    (hosted, COUNT)
 }
 
 #[test]
@@ -63,7 +64,7 @@ fn the_child_is_killed() {
     if !available() {
         return;
     }
-    kill_under_load(|(_, child)| child);
+    kill_under_load(Route::start(), |(_, child)| child);
 }
 
 #[test]
@@ -71,7 +72,7 @@ fn the_parent_is_killed() {
     if !available() {
         return;
     }
-    kill_under_load(|(parent, _)| parent);
+    kill_under_load(Route::start(), |(parent, _)| parent);
 }
 
 /// master(8) hears of the child's death by the parent's exit status.

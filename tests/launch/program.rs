@@ -2,7 +2,6 @@
 //! it.
 
 use std::fs;
-use std::io::ErrorKind;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -125,7 +124,8 @@ pub fn parent_of(pid: u32) -> Option<u32> {
     status(pid, "PPid")?.first().copied()
 }
 
-/// The process is this user and group in every respect, and in none of root's groups.
+/// The process is this user and group in every respect, in none of root's groups, and
+/// without any of root's capabilities.
 #[track_caller]
 pub fn assert_runs_as(pid: u32, user: &str, group: &str) {
     let (uid, gid) = (id("/etc/passwd", user), id("/etc/group", group));
@@ -135,6 +135,11 @@ pub fn assert_runs_as(pid: u32, user: &str, group: &str) {
     allowed.push(gid);
     let others = status(pid, "Groups").unwrap();
     assert!(others.iter().all(|gid| allowed.contains(gid)), "{pid} is in {others:?}");
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    for set in ["CapInh", "CapPrm", "CapEff", "CapAmb"] {
+        let line = status.lines().find(|line| line.starts_with(set)).unwrap();
+        assert!(line.ends_with("\t0000000000000000"), "{pid} has {line}");
+    }
 }
 
 /// The numbers of a user and of its group.
@@ -190,7 +195,7 @@ impl Launcher {
             let mut launcher = Launcher::start(&mut prepare(address));
             let end = Instant::now() + BOUND;
             while Instant::now() < end && launcher.child.try_wait().unwrap().is_none() {
-                if holds_listener(launcher.pid(), address) {
+                if holds_listener(launcher.pid(), address.port()) {
                     return (launcher, address);
                 }
                 thread::sleep(Duration::from_millis(5));
@@ -248,21 +253,16 @@ impl Drop for Launcher {
     }
 }
 
-/// True when this process has the socket that listens on this address of IPv4.
-fn holds_listener(pid: u32, address: SocketAddr) -> bool {
-    let SocketAddr::V4(v4) = address else { panic!("{address} is not of IPv4") };
-    let octets = u32::from_ne_bytes(v4.ip().octets());
-    let local = format!("{octets:08X}:{:04X}", v4.port());
-    let table = fs::read_to_string("/proc/net/tcp").unwrap();
-    let mut rows = table.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
+/// True when this process has a TCP socket that listens on this port, of whatever address.
+fn holds_listener(pid: u32, port: u16) -> bool {
+    let port = format!(":{port:04X}");
+    let tables = ["/proc/net/tcp", "/proc/net/tcp6"].map(fs::read_to_string);
+    let rows = tables.iter().flatten().flat_map(|table| table.lines());
+    let rows = rows.map(|line| line.split_whitespace().collect::<Vec<_>>());
     // State 0A is LISTEN; the tenth column is the number of the socket.
-    let Some(row) = rows.find(|row| row[1] == local && row[3] == "0A") else { return false };
-    let socket = PathBuf::from(format!("socket:[{}]", row[9]));
-    match fs::read_dir(format!("/proc/{pid}/fd")) {
-        Ok(mut fds) => {
-            fds.any(|fd| fd.is_ok_and(|fd| fs::read_link(fd.path()).is_ok_and(|to| to == socket)))
-        }
-        Err(error) if error.kind() == ErrorKind::NotFound => false,
-        Err(error) => panic!("/proc/{pid}/fd: {error}"),
-    }
+    let listeners = rows.filter(|row| row[1].ends_with(&port) && row[3] == "0A");
+    let sockets: Vec<_> = listeners.map(|row| format!("socket:[{}]", row[9])).collect();
+    let Ok(fds) = fs::read_dir(format!("/proc/{pid}/fd")) else { return false };
+    let mut links = fds.filter_map(|fd| fs::read_link(fd.ok()?.path()).ok());
+    links.any(|link| sockets.iter().any(|socket| link == Path::new(socket)))
 }

@@ -9,7 +9,7 @@ use crate::common::{Client, wait_until};
 use crate::instance::{PATIENCE, available};
 use crate::letters::{compared, wait_count};
 use crate::master::Hosted;
-use crate::program::{assert_runs_as, parent_of};
+use crate::program::{assert_runs_as, kill, parent_of};
 use crate::{Gate, Route, USER, numbered};
 
 /// Letters on their way at a time: enough that mail flows always, and that the end comes soon.
@@ -18,7 +18,7 @@ const IN_FLIGHT: usize = 40;
 /// Gives numbered letters to Postfix, over five connections at once, as long as `what` runs. How
 /// many they were.
 #[track_caller]
-fn under_load(hosted: &Hosted, what: impl FnOnce()) -> usize {
+pub fn under_load(hosted: &Hosted, what: impl FnOnce()) -> usize {
     let (next, done) = (AtomicUsize::new(0), AtomicBool::new(false));
     let (next, done) = (&next, &done);
     // A panic in `what` has to end the load, too.
@@ -55,7 +55,7 @@ fn under_load(hosted: &Hosted, what: impl FnOnce()) -> usize {
 
 /// Waits until a client is greeted with this name.
 #[track_caller]
-fn wait_domain(hosted: &Hosted, domain: &str) {
+pub fn wait_domain(hosted: &Hosted, domain: &str) {
     wait_until(domain, || {
         let greeting = Client::connect(hosted.service()).reply();
         assert_eq!(greeting.code, 220, "{greeting:?}");
@@ -65,7 +65,7 @@ fn wait_domain(hosted: &Hosted, domain: &str) {
 
 /// More mail than is on its way has to come: that which was sent after now.
 #[track_caller]
-fn wait_for_more(hosted: &Hosted) {
+pub fn wait_for_more(hosted: &Hosted) {
     let primary = &hosted.route.sinks[0];
     wait_count(primary, primary.accepted() + 2 * IN_FLIGHT);
 }
@@ -94,6 +94,30 @@ fn ten_reloads_under_load() {
     assert_eq!(served.len(), 11, "{served:#?}");
     assert_eq!(hosted.postfix.log(&["smtp-dup[", "error: "]), [""; 0]);
     assert_eq!(hosted.postfix.log(&["master[", "exit status"]), [""; 0]);
+}
+
+/// The client whose connection has started it is greeted soon, at whatever point of the start the
+/// reload came: not after the minute for which master(8) leaves alone what fails early.
+#[test]
+fn a_reload_while_it_starts() {
+    if !available() {
+        return;
+    }
+    let hosted = Hosted::start(Route::start());
+    for step in 0..40 {
+        let mut client = Client::connect(hosted.service());
+        thread::sleep(Duration::from_micros(250 * step));
+        assert!(kill("HUP", hosted.postfix.master()));
+        let greeting = client.reply_within(Duration::from_secs(10));
+        assert_eq!(greeting.code, 220, "{greeting:?}");
+        drop(client);
+        // All that master(8) knows have to go, so that the next connection starts one.
+        let master = hosted.postfix.master();
+        assert!(kill("HUP", master));
+        let is_known = |pid: &u32| parent_of(*pid) == Some(master);
+        wait_until("no process", || !hosted.program.pids().iter().any(is_known));
+    }
+    assert_eq!(hosted.postfix.log(&["throttling"]), [""; 0]);
 }
 
 /// The old process has a transaction that takes its time; the new one does not wait for it.

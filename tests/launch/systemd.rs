@@ -2,7 +2,7 @@
 //! it is told by sd_notify(3), and what its journal is sent.
 
 use std::fs;
-use std::net::SocketAddr;
+use std::net::{Ipv6Addr, SocketAddr, TcpListener};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::{SocketAddr as UnixAddress, UnixDatagram};
@@ -86,6 +86,33 @@ fn several_listening_sockets() {
     assert!(starting.contains(&format!("listen={address},{other} ")), "{starting}");
     route.wait(3);
     assert_eq!(program.pids().len(), 1);
+}
+
+/// ListenStream= with a port alone is a socket of IPv6 that takes IPv4, too, whose clients then
+/// look foreign.
+#[test]
+fn sockets_for_both_families() {
+    if TcpListener::bind("[::1]:0").is_err() || !can_run(&[ACTIVATE]) {
+        return;
+    }
+    for accept in [false, true] {
+        let (route, program) = (Route::start(), Program::copy());
+        let prepare = |address: SocketAddr| {
+            let mut command = command(ACTIVATE);
+            command.args(["-l", &address.port().to_string()]);
+            command.args(accept.then_some("--accept"));
+            run(&mut command, &program, &route);
+            command
+        };
+        let (_launcher, address) = Launcher::listening(prepare);
+        let ipv6 = SocketAddr::from((Ipv6Addr::LOCALHOST, address.port()));
+        for (number, address) in [address, ipv6].into_iter().enumerate() {
+            let mut client = Client::ready(address);
+            let reply = client.message("a@sender.test", &["b@example.com"], &numbered(number));
+            assert_eq!(reply.code, 250, "{reply:?}");
+        }
+        route.wait(2);
+    }
 }
 
 /// Accept=yes: fd 3 is the connection.
