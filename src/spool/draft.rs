@@ -11,7 +11,7 @@ use std::time::SystemTime;
 
 use nix::fcntl::{Flock, FlockArg};
 
-use super::{Entry, Spool, create, make_folder, sync_folder};
+use super::{Entry, Spool, create, sync_folder};
 use crate::message::QueueId;
 use crate::smtp::command::Relayed;
 use crate::smtp::envelope::Envelope;
@@ -87,11 +87,7 @@ impl Draft {
     /// Those of the file system; `AlreadyExists` when there is a message of this name.
     pub fn address(&mut self) -> io::Result<()> {
         let entry = Entry { hour: this_hour(), id: self.id };
-        let folder = self.spool.hour(entry);
-        if !folder.exists() {
-            make_folder(&folder)?;
-            sync_folder(&self.spool.queue())?;
-        }
+        self.spool.ready_hour(entry)?;
         // Nobody else can be about to make it: they would need tmp/ID, which is ours.
         if self.spool.mail(entry).exists() {
             return Err(io::ErrorKind::AlreadyExists.into());

@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use super::claim::{Claimed, Mail, Owed, read_mail, write_state};
 use super::draft::this_hour;
-use super::{Entry, MAIL, Spool, TO, ignore_missing, make_folder, sync_folder};
+use super::{Entry, MAIL, Spool, TO, ignore_missing, sync_folder};
 use crate::message::QueueId;
 
 /// Which part of the spool a copy lies in.
@@ -92,14 +92,13 @@ impl Spool {
         // written in it, and that list must hold for all that have its name.
         let id = if new.is_some() { QueueId::next() } else { item.entry.id };
         let entry = Entry { hour: this_hour(), id };
-        let folder = self.hour(entry);
-        make_folder(&folder)?;
+        self.ready_hour(entry)?;
         match fs::hard_link(self.item_mail_path(item), self.mail(entry)) {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
             linked => linked?,
         }
         write_state(self, &self.copy(entry, new.unwrap_or(&item.backup)), &fresh, "")?;
-        sync_folder(&folder)?;
+        sync_folder(&self.hour(entry))?;
         self.remove_item(item)?;
         Ok(Done::Yes(id))
     }

@@ -48,6 +48,7 @@ use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 pub use self::claim::seconds;
@@ -70,6 +71,8 @@ pub struct Spool {
     root: PathBuf,
     settings: Settings,
     used: room::Used,
+    /// The last folder of an hour whose name is known to be durable.
+    durable_hour: Mutex<u32>,
 }
 
 /// What the configuration says of the spool.
@@ -118,24 +121,33 @@ impl Spool {
                 folder.mode() & 0o7777
             )));
         }
+        let mut is_new = false;
         for name in ["tmp", "queue", "failed", "damaged", "hold"] {
-            make_folder(&root.join(name)).map_err(failed)?;
+            is_new |= make_folder(&root.join(name)).map_err(failed)?;
         }
-        sync_folder(&root).map_err(failed)?;
+        // Not each time: a process that is there for one client has no time for it.
+        if is_new {
+            sync_folder(&root).map_err(failed)?;
+        }
         let used = room::Used::default();
-        let spool = Spool { root, settings: settings.clone(), used };
+        let settings = settings.clone();
+        let spool = Spool { root, settings, used, durable_hour: Mutex::default() };
         spool.try_locks()?;
         Ok(spool)
     }
 
-    /// Makes sure that a lock keeps others out. On some network file systems it does not.
+    /// Makes sure that a lock keeps others out. On some network file systems it does not. Where
+    /// no file can be made, for a full disk, that is said of each message, whose copies are then
+    /// held in memory: no reason to keep mail out.
     fn try_locks(&self) -> Result<(), String> {
         let path = self.tmp().join(format!("lock-{}", std::process::id()));
-        let failed = |error: io::Error| format!("relay.spool: {}: {error}", path.display());
-        let open = || create(&path, true).map_err(failed);
-        let first = Flock::lock(open()?, FlockArg::LockExclusiveNonblock);
-        let second = Flock::lock(open()?, FlockArg::LockExclusiveNonblock);
-        fs::remove_file(&path).map_err(failed)?;
+        let lock = |file| Flock::lock(file, FlockArg::LockExclusiveNonblock);
+        let (Ok(first), Ok(second)) = (create(&path, true), create(&path, true)) else {
+            return Ok(());
+        };
+        let (first, second) = (lock(first), lock(second));
+        // One that stays is swept away.
+        let _ = fs::remove_file(&path);
         match (first, second) {
             (Ok(_), Err(_)) => Ok(()),
             _ => Err(format!(
@@ -174,6 +186,18 @@ impl Spool {
         self.hour(entry).join(format!("{}{TO}{backup}", entry.id))
     }
 
+    /// Makes sure that the folder for a message is there, and stays. Whoever finds that another has
+    /// just made it cannot know whether that has been synced yet, so each process does it once.
+    fn ready_hour(&self, entry: Entry) -> io::Result<()> {
+        let mut durable = self.durable_hour.lock().unwrap_or_else(PoisonError::into_inner);
+        // An hour that was over long ago may have been removed.
+        if make_folder(&self.hour(entry))? || *durable != entry.hour {
+            sync_folder(&self.queue())?;
+            *durable = entry.hour;
+        }
+        Ok(())
+    }
+
     /// Removes a message that is owed to nobody any more.
     fn settle(&self, entry: Entry, backups: &[String]) -> io::Result<()> {
         if backups.iter().any(|backup| self.copy(entry, backup).exists()) {
@@ -188,11 +212,13 @@ pub fn names(backups: &[Destination]) -> Vec<String> {
     backups.iter().map(Destination::to_string).collect()
 }
 
-/// Makes a folder that is for its owner alone; one that is there already stays as it is.
-fn make_folder(path: &Path) -> io::Result<()> {
+/// Makes a folder that is for its owner alone; one that is there already stays as it is. True when
+/// it is new.
+fn make_folder(path: &Path) -> io::Result<bool> {
     match DirBuilder::new().mode(0o700).create(path) {
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
-        made => made,
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(false),
+        Err(error) => Err(error),
     }
 }
 
