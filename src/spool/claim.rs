@@ -67,7 +67,7 @@ pub enum Claimed {
     Yes(Claim),
     /// Somebody else is at it.
     Busy,
-    /// It has been delivered, or dropped.
+    /// It has been delivered, or dropped; or its message is not accepted yet.
     Gone,
 }
 
@@ -78,6 +78,11 @@ impl Spool {
     /// Those of the file system; `InvalidData` for a file that is no state of a copy, which was
     /// moved aside.
     pub fn claim(self: &Arc<Self>, entry: Entry, backup: &str) -> io::Result<Claimed> {
+        // The names of its copies are there before a message is: it waits for the primary's word,
+        // or its writer is gone.
+        if !self.mail(entry).exists() {
+            return Ok(Claimed::Gone);
+        }
         self.claim_path(entry, backup, &self.copy(entry, backup))
     }
 
@@ -197,18 +202,14 @@ pub(super) fn read_mail(path: &Path) -> io::Result<Mail> {
 }
 
 impl Claim {
-    /// The message of this copy could not be read: one that is not there, or was moved aside,
-    /// takes the copy along. Gives the error to be logged.
+    /// The message of this copy could not be read: one that was moved aside takes the copy along.
+    /// Gives the error to be logged.
     pub fn without_mail(&self, error: io::Error) -> io::Error {
-        match error.kind() {
-            ErrorKind::NotFound | ErrorKind::InvalidData => {
-                // What cannot be moved is found again by the next pass.
-                let _ = self.spool.move_aside(&self.path());
-                let text = format!("its message cannot be read, it is moved to damaged/: {error}");
-                io::Error::new(ErrorKind::InvalidData, text)
-            }
-            _ => error,
+        if error.kind() == ErrorKind::InvalidData {
+            // What cannot be moved is swept away at the next start.
+            let _ = self.spool.move_aside(&self.path());
         }
+        error
     }
 
     /// The backup has it, for all that were still owed it.
