@@ -1,1 +1,304 @@
-//! To come.
+//! Disks that fail: mail flows all the same, and copies by way of memory, or the client hears 452
+//! where the spool is required. Nothing is lost in silence, and when the fault is gone the spool
+//! is used again.
+
+use std::ffi::{CStr, CString};
+use std::fs;
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+use std::ptr;
+
+use nix::libc;
+
+use crate::common::*;
+use crate::*;
+
+const COMPLAINT: &str = "the spool (relay.spool) failed";
+
+/// Starts the program with a working spool, breaks it, sends, mends it and sends again: small and
+/// big bodies, with and without `spool_required`.
+#[track_caller]
+fn withstands(folder: &Folder, shatter: impl Fn(&Dup), mend: impl Fn(&Dup)) {
+    withstands_with(folder, [numbered(1), mail_body(700_000)], shatter, mend);
+}
+
+#[track_caller]
+fn withstands_with(
+    folder: &Folder,
+    sent: [Vec<u8>; 2],
+    shatter: impl Fn(&Dup),
+    mend: impl Fn(&Dup),
+) {
+    for required in [false, true] {
+        let primary = Sink::start();
+        let backup = Sink::start();
+        let yaml = folder.config(&primary, &[&backup], &format!("spool_required: {required}"));
+        let dup = Dup::start(&yaml);
+        // Whatever the first message needs is there afterwards.
+        let mut client = Client::ready(dup.addr());
+        send(&mut client, 0);
+        backup.wait(1);
+        folder.wait_empty();
+        let mut expected = vec![numbered(0)];
+        for (round, body) in sent.clone().into_iter().enumerate() {
+            client.expect(&format!("MAIL FROM:<{FROM}>"), 250);
+            client.expect(&format!("RCPT TO:<{TO}>"), 250);
+            shatter(&dup);
+            client.expect("DATA", 354);
+            let reply = client.body(&body);
+            if required {
+                assert_eq!(reply.code, 452, "{reply:?}");
+                assert!(reply.text().starts_with("4.3.1 "), "{reply:?}");
+            } else {
+                assert_eq!(reply.code, 250, "{reply:?}");
+                expected.push(body.clone());
+            }
+            assert!(dup.wait_logs(COMPLAINT, round + 1)[round].contains(" error: "));
+            mend(&dup);
+            backup.wait_for("the copies", |backup| backup.messages().len() >= expected.len());
+            // The client of a queue comes again with what was not taken.
+            assert_eq!(client.message(FROM, &[TO], &body).code, 250);
+            expected.push(body);
+            backup.wait_for("the copies", |backup| backup.messages().len() >= expected.len());
+            folder.wait_empty();
+        }
+        drop(client);
+        end(&dup);
+        expected.sort();
+        for sink in [&primary, &backup] {
+            assert!(bodies(&sink.attempts()) == expected, "required: {required}\n{}", dup.log());
+        }
+        assert_eq!(dup.log_lines("status=lost"), [""; 0]);
+        folder.assert_clean();
+    }
+}
+
+#[test]
+fn a_folder_that_is_missing() {
+    for part in ["tmp", "queue"] {
+        let folder = Folder::new();
+        let (place, away) = (folder.path().join(part), folder.path().join("away"));
+        let there = || fs::rename(&place, &away).unwrap();
+        let back = || fs::rename(&away, &place).unwrap();
+        withstands(&folder, |_| there(), |_| back());
+    }
+}
+
+#[test]
+fn the_whole_spool_is_missing() {
+    let folder = Folder::new();
+    let (place, away) = (folder.path(), folder.0.path().join("away"));
+    let there = || fs::rename(&place, &away).unwrap();
+    let back = || fs::rename(&away, &place).unwrap();
+    withstands(&folder, |_| there(), |_| back());
+}
+
+#[test]
+fn a_file_stands_where_a_folder_should() {
+    let folder = Folder::new();
+    let (place, away) = (folder.path().join("tmp"), folder.path().join("away"));
+    let shatter = || {
+        fs::rename(&place, &away).unwrap();
+        fs::write(&place, "").unwrap();
+    };
+    let mend = || {
+        fs::remove_file(&place).unwrap();
+        fs::rename(&away, &place).unwrap();
+    };
+    withstands(&folder, |_| shatter(), |_| mend());
+}
+
+/// No descriptor is left for a file.
+#[test]
+fn out_of_descriptors() {
+    let folder = Folder::new();
+    let limit = |dup: &Dup, count: Option<usize>| {
+        let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+        let pid = dup.pid() as libc::pid_t;
+        // SAFETY: `limit` is ours, and the process is our child.
+        unsafe {
+            assert_eq!(libc::prlimit(pid, libc::RLIMIT_NOFILE, ptr::null(), &mut limit), 0);
+            limit.rlim_cur = count.map_or(limit.rlim_max, |count| count as libc::rlim_t);
+            assert_eq!(libc::prlimit(pid, libc::RLIMIT_NOFILE, &limit, ptr::null_mut()), 0);
+        }
+    };
+    // A big body has no other place: that one would be lost, with an error line. Numbers below
+    // the highest that is open may be free: none of them may be used either.
+    let small = [numbered(1), numbered(2)];
+    withstands_with(&folder, small, |dup| limit(dup, Some(3)), |dup| limit(dup, None));
+}
+
+/// A tmpfs of this thread's own on `folder`, which the programs that it starts see too. False
+/// where that may not be made.
+fn mount_on(folder: &Path, options: &str) -> bool {
+    // SAFETY: it takes no memory; the other threads keep the namespace that they have.
+    let is_private = unsafe { libc::unshare(libc::CLONE_NEWNS) } == 0
+        && mount(Path::new("/"), libc::MS_REC | libc::MS_PRIVATE, "").is_ok();
+    fs::create_dir_all(folder).unwrap();
+    if is_private && mount(folder, 0, &format!("mode=700,{options}")).is_ok() {
+        return true;
+    }
+    assert!(std::env::var_os("CI").is_none(), "mounts need root, and CI is set");
+    strace::skip("mounts need root");
+    false
+}
+
+fn mount(on: &Path, flags: libc::c_ulong, options: &str) -> io::Result<()> {
+    const TMPFS: &CStr = c"tmpfs";
+    let on = CString::new(on.as_os_str().as_bytes())?;
+    let options = CString::new(options)?;
+    // SAFETY: all of them are strings.
+    let done = unsafe {
+        libc::mount(TMPFS.as_ptr(), on.as_ptr(), TMPFS.as_ptr(), flags, options.as_ptr().cast())
+    };
+    if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+#[test]
+fn a_file_system_that_turns_read_only() {
+    let folder = Folder::new();
+    let spool = folder.path();
+    if !mount_on(&spool, "size=200m") {
+        return;
+    }
+    let turn = |flags| {
+        wait_until("nobody writes", || mount(&spool, libc::MS_REMOUNT | flags, "size=200m").is_ok())
+    };
+    withstands(&folder, |_| turn(libc::MS_RDONLY), |_| turn(0));
+}
+
+#[test]
+fn a_disk_without_room_for_another_file() {
+    let folder = Folder::new();
+    let spool = folder.path();
+    if !mount_on(&spool, "size=200m,nr_inodes=60") {
+        return;
+    }
+    let fill = || {
+        fs::create_dir(spool.join("fill")).unwrap();
+        (0..).find(|number| fs::write(spool.join(format!("fill/{number}")), "").is_err());
+    };
+    withstands(&folder, |_| fill(), |_| fs::remove_dir_all(spool.join("fill")).unwrap());
+}
+
+/// The reserve that is left to others, 64 MiB, is reached.
+#[test]
+fn a_disk_that_is_nearly_full() {
+    let folder = Folder::new();
+    let spool = folder.path();
+    if !mount_on(&spool, "size=80m") {
+        return;
+    }
+    let fill = || fs::write(spool.join("fill"), vec![0; 20 << 20]).unwrap();
+    withstands(&folder, |_| fill(), |_| fs::remove_file(spool.join("fill")).unwrap());
+}
+
+/// A message that was begun with room and ends without: what the spool has already must not be
+/// missing in the copy.
+#[test]
+fn a_disk_that_is_full_in_the_middle_of_a_message() {
+    for required in [false, true] {
+        let folder = Folder::new();
+        let spool = folder.path();
+        if !mount_on(&spool, "size=70m") {
+            return;
+        }
+        let (primary, backup) = (Sink::start(), Sink::start());
+        let relay = format!("spool_required: {required}\nbackup_memory: 200000000");
+        let dup = Dup::start(&folder.config(&primary, &[&backup], &relay));
+        let body = mail_body(72 << 20);
+        let mut client = Client::ready(dup.addr());
+        client.envelope(FROM, &[TO]);
+        let reply = client.body(&body);
+        dup.wait_log(COMPLAINT);
+        if required {
+            assert_eq!(reply.code, 452, "{reply:?}");
+            assert_eq!(primary.attempts().len(), 0);
+        } else {
+            assert_eq!(reply.code, 250, "{reply:?}");
+            backup.wait_for("the copy", |backup| !backup.attempts().is_empty());
+            assert!(backup.messages()[0].data == body);
+        }
+        // All of its room is free again.
+        folder.wait_empty();
+        wait_until("the draft is gone", || folder.files("tmp").is_empty());
+        send(&mut client, 1);
+        backup.wait_for("the next", |backup| {
+            backup.messages().last().is_some_and(|message| message.data == numbered(1))
+        });
+        drop(client);
+        end(&dup);
+        assert_eq!(backup.attempts().len(), if required { 1 } else { 2 });
+        folder.assert_clean();
+    }
+}
+
+/// The disk gives an error where the message is made durable.
+#[test]
+fn an_error_of_fdatasync() {
+    if !strace::available() {
+        return;
+    }
+    for (required, body) in [(false, numbered(1)), (false, mail_body(700_000)), (true, numbered(1))]
+    {
+        let folder = Folder::new();
+        let (primary, backup) = (Sink::start(), Sink::start());
+        let yaml = folder.config(&primary, &[&backup], &format!("spool_required: {required}"));
+        let log = folder.0.path().join("trace");
+        let dup = strace::start(&["-e", "inject=fdatasync:error=EIO"], &log, &yaml);
+        let reply = try_body(&dup, &body);
+        assert!(dup.wait_log(COMPLAINT).contains("Input/output error"));
+        if required {
+            assert_eq!((reply.code, reply.text().starts_with("4.3.1 ")), (452, true), "{reply:?}");
+        } else {
+            assert_eq!(reply.code, 250, "{reply:?}");
+            assert!(backup.wait(1)[0].data == body);
+        }
+        end(&dup);
+        let count = usize::from(!required);
+        assert_eq!((primary.attempts().len(), backup.attempts().len()), (count, count));
+        assert_eq!(dup.log_lines("status=lost"), [""; 0]);
+        folder.assert_clean();
+    }
+}
+
+/// The primary has taken the message and only then the commit fails: whatever is required, it is
+/// too late for a 452, which would make the client send it twice.
+#[test]
+fn an_error_of_the_commit() {
+    if !strace::available() {
+        return;
+    }
+    let faults = ["rename:error=EIO", "rename:error=EROFS", "fsync:error=EIO:when=2+"];
+    for (fault, required) in faults.into_iter().flat_map(|fault| [(fault, false), (fault, true)]) {
+        for body in [numbered(1), mail_body(700_000)] {
+            let folder = Folder::new();
+            let (primary, backup) = (Sink::start(), Sink::start());
+            let yaml = folder.config(&primary, &[&backup], &format!("spool_required: {required}"));
+            let log = folder.0.path().join("trace");
+            // The first fsync of the worker's thread is that of queue/.
+            let dup = strace::start(&["-e", &format!("inject={fault}")], &log, &yaml);
+            let reply = try_body(&dup, &body);
+            assert_eq!(reply.code, 250, "{fault}: {reply:?}");
+            dup.wait_log(COMPLAINT);
+            assert!(backup.wait(1)[0].data == body, "{fault}");
+            end(&dup);
+            assert_eq!(primary.attempts().len(), 1);
+            assert_eq!(dup.log_lines("status=lost"), [""; 0]);
+            folder.assert_clean();
+            // And it is not brought a second time by the next start.
+            let dup = Dup::start(&yaml);
+            folder.assert_clean();
+            end(&dup);
+            assert_eq!(backup.attempts().len(), 1, "{fault}");
+        }
+    }
+}
+
+#[track_caller]
+fn try_body(dup: &Dup, body: &[u8]) -> Reply {
+    let mut client = Client::ready(dup.addr());
+    client.envelope(FROM, &[TO]);
+    client.body(body)
+}

@@ -1,1 +1,302 @@
-//! To come.
+//! Backups that fail: who waits for what, how often a recipient gets a message, and what ends in
+//! `failed/`.
+
+use std::collections::BTreeMap;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use crate::common::*;
+use crate::*;
+
+/// How often each recipient got a message.
+fn deliveries(sink: &Sink) -> BTreeMap<String, usize> {
+    let mut counts = BTreeMap::new();
+    for message in sink.messages() {
+        for to in recipients(&message) {
+            *counts.entry(to.to_string()).or_default() += 1;
+        }
+    }
+    counts
+}
+
+/// What `failed/` says about a copy for this backup.
+#[track_caller]
+fn note(folder: &Folder, backup: &Sink) -> String {
+    let name = format!(".to.{}", backup.addr());
+    let files = folder.files("failed");
+    let file = files.iter().find(|file| file.ends_with(&name));
+    folder.text(&format!("failed/{}", file.unwrap_or_else(|| panic!("{files:?}"))))
+}
+
+#[test]
+fn a_backup_that_refuses_connections_is_held_until_it_is_back() {
+    let folder = Folder::new();
+    let primary = Sink::start();
+    let (down, up) = (Sink::refusing(SinkOptions::default()), Sink::start());
+    let dup = folder.start(&primary, &[&down, &up]);
+    let mut client = Client::ready(dup.addr());
+    (1..=20).for_each(|number| send(&mut client, number));
+    // Nobody waits for it, and its copies alone are left.
+    up.wait(20);
+    let hold = format!("hold/{}", down.addr());
+    wait_until("it is held", || folder.files("hold") == [down.addr().to_string()]);
+    let text = folder.text(&hold);
+    assert!(text.contains("refused") && text.contains("next "), "{text}");
+    let owed = || folder.files("queue").iter().filter(|file| file.contains(".to.")).count();
+    wait_until("the other's are done", || owed() == 20);
+    assert_eq!(dup.log_lines("is down").len(), 1, "{}", dup.log());
+
+    down.reopen();
+    assert_eq!(bodies(&down.wait(20)), bodies(&up.messages()));
+    folder.wait_empty();
+    wait_until("it is not held any more", || folder.files("hold").is_empty());
+    assert_eq!(dup.log_lines("is back").len(), 1);
+    end(&dup);
+    assert_eq!(deliveries(&down), BTreeMap::from([(TO.into(), 20)]));
+    folder.assert_clean();
+}
+
+/// A refusal before MAIL is about the server, not about the message.
+#[test]
+fn a_5xx_before_mail_holds_the_backup_and_fails_nothing() {
+    for step in ["connect", "ehlo"] {
+        let folder = Folder::new();
+        let primary = Sink::start();
+        let refusals = AtomicUsize::new(0);
+        let backup = Sink::replying(move |event| match event {
+            Event::Connect(_) if step == "connect" => {
+                match refusals.fetch_add(1, Ordering::SeqCst) {
+                    0 => Action::reply_then_close("554 5.7.1 go away"),
+                    _ => Action::Default,
+                }
+            }
+            Event::Ehlo(_) if step == "ehlo" => match refusals.fetch_add(1, Ordering::SeqCst) {
+                0..2 => Action::reply_then_close("550 5.7.1 not you"),
+                _ => Action::Default,
+            },
+            _ => Action::Default,
+        });
+        let dup = folder.start(&primary, &[&backup]);
+        send(&mut Client::ready(dup.addr()), 1);
+        dup.wait_log("is down");
+        backup.wait(1);
+        folder.wait_empty();
+        end(&dup);
+        folder.assert_clean();
+        assert_eq!(folder.files("failed"), [""; 0], "{step}");
+    }
+}
+
+/// Greylisting: half of the recipients are deferred for a while. The program is killed in between,
+/// which changes nothing about who is owed what.
+#[test]
+fn recipients_that_are_deferred_are_tried_again_alone() {
+    let folder = Folder::new();
+    let primary = Sink::start();
+    let seen = Mutex::new(BTreeMap::<String, usize>::new());
+    let backup = Sink::replying(move |event| match event {
+        Event::Rcpt(line) if line.contains("<grey") => {
+            let mut seen = seen.lock().unwrap();
+            let count = seen.entry(line.clone()).or_default();
+            *count += 1;
+            match count {
+                1 | 2 => Action::reply("450 4.2.0 greylisted"),
+                _ => Action::Default,
+            }
+        }
+        _ => Action::Default,
+    });
+    let to = ["grey1@example.com", "one@example.com", "grey2@example.com", "two@example.com"];
+    let dup = folder.start(&primary, &[&backup]);
+    let mut client = Client::ready(dup.addr());
+    assert_eq!(client.message(FROM, &to, &numbered(1)).code, 250);
+    backup.wait_for("the first half", |backup| !backup.messages().is_empty());
+    let state = || {
+        let files = folder.files("queue");
+        let copy = files.iter().find(|file| file.contains(".to."));
+        copy.map(|copy| folder.text(&format!("queue/{copy}"))).unwrap_or_default()
+    };
+    wait_until("the deferral is noted", || state().contains("owed 0 2"));
+    assert!(state().contains("greylisted") && state().contains("next "), "{}", state());
+    drop(client);
+    kill(dup);
+    let dup = folder.start(&primary, &[&backup]);
+    folder.wait_empty();
+    end(&dup);
+    assert_eq!(deliveries(&backup), to.iter().map(|to| (to.to_string(), 1)).collect());
+    assert_eq!(backup.count("RCPT TO:<one@"), 1);
+    assert_eq!(backup.count("RCPT TO:<grey1@"), 3);
+    folder.assert_clean();
+    assert_eq!(folder.files("failed"), [""; 0]);
+}
+
+#[test]
+fn a_message_that_is_deferred_does_not_block_the_next() {
+    let folder = Folder::new();
+    let primary = Sink::start();
+    let deferrals = AtomicUsize::new(0);
+    let backup = Sink::replying(move |event| match event {
+        Event::Mail(line)
+            if line.contains("<slow@") && deferrals.fetch_add(1, Ordering::SeqCst) < 2 =>
+        {
+            Action::reply("451 4.3.0 not now")
+        }
+        _ => Action::Default,
+    });
+    let dup = folder.start(&primary, &[&backup]);
+    let mut client = Client::ready(dup.addr());
+    assert_eq!(client.message("slow@example.com", &[TO], &numbered(0)).code, 250);
+    dup.wait_log("status=deferred");
+    (1..=5).for_each(|number| send(&mut client, number));
+    let messages = backup.wait(6);
+    assert!(messages[5].mail.contains("<slow@"), "{messages:#?}");
+    folder.wait_empty();
+    drop(client);
+    end(&dup);
+    assert_eq!(backup.messages().len(), 6);
+    folder.assert_clean();
+}
+
+#[test]
+fn recipients_that_are_refused_go_to_failed_and_the_rest_is_delivered() {
+    let folder = Folder::new();
+    let primary = Sink::start();
+    let choosy = Sink::replying(|event| match event {
+        Event::Rcpt(line) if line.contains("<no@") => Action::reply("550 5.1.1 unknown user"),
+        Event::Rcpt(line) if line.contains("<full@") => Action::reply("552 5.2.2 mailbox full"),
+        _ => Action::Default,
+    });
+    let other = Sink::start();
+    let dup = folder.start(&primary, &[&choosy, &other]);
+    let mut client = Client::ready(dup.addr());
+    let to = ["one@example.com", "no@example.com", "two@example.com", "full@example.com"];
+    let body = mail_body(300_000);
+    assert_eq!(client.message(FROM, &to, &body).code, 250);
+    assert_eq!(recipients(&choosy.wait(1)[0]), ["one@example.com", "two@example.com"]);
+    assert_eq!(recipients(&other.wait(1)[0]), to);
+    folder.wait_empty();
+    let failed = folder.files("failed");
+    let id = &ids(&failed)[0];
+    assert_eq!(failed, [format!("{id}.mail"), format!("{id}.to.{}", choosy.addr())]);
+    let note = note(&folder, &choosy);
+    assert!(note.contains("owed 1 3\n"), "{note}");
+    for words in ["<no@example.com> 550 5.1.1 unknown user", "<full@example.com> 552 5.2.2 mailbox"]
+    {
+        assert!(note.contains(words), "{note}");
+    }
+    // The message is there whole, and a person can read for whom it was.
+    let mail = folder.text(&format!("failed/{id}.mail"));
+    assert!(mail.contains("\r\nRCPT TO:<no@example.com>\r\n"), "{}", &mail[..400]);
+    assert!(mail.ends_with(&format!("{}.\r\n", String::from_utf8_lossy(&body))));
+    end(&dup);
+    folder.assert_clean();
+}
+
+#[test]
+fn a_message_that_is_refused_goes_to_failed_with_the_reply() {
+    let refusals: [(&str, fn(&Event) -> bool); 4] = [
+        ("550 5.7.1 not from you", |event| matches!(event, Event::Mail(_))),
+        ("550 5.1.1 nobody here", |event| matches!(event, Event::Rcpt(_))),
+        ("554 5.3.0 no data", |event| matches!(event, Event::Data)),
+        ("554 5.7.1 spam", |event| matches!(event, Event::EndOfData(_))),
+    ];
+    for (reply, is_at) in refusals {
+        let folder = Folder::new();
+        let primary = Sink::start();
+        let backup = Sink::replying(move |event| match is_at(event) {
+            true => Action::reply(reply),
+            false => Action::Default,
+        });
+        let dup = folder.start(&primary, &[&backup]);
+        let mut client = Client::ready(dup.addr());
+        assert_eq!(client.message(FROM, &[TO, "c@example.com"], &numbered(1)).code, 250);
+        folder.wait_empty();
+        let note = note(&folder, &backup);
+        assert!(note.contains("owed 0 1\n") && note.contains(reply), "{reply}: {note}");
+        assert_eq!(ids(&folder.files("failed")).len(), 1);
+        drop(client);
+        end(&dup);
+        assert!(dup.log_lines("error: ").iter().any(|line| line.contains(reply)), "{}", dup.log());
+        assert_eq!(dup.log_lines("status=lost"), [""; 0]);
+        folder.assert_clean();
+        assert_eq!(backup.count("MAIL"), 1);
+    }
+}
+
+#[test]
+fn a_copy_that_is_deferred_for_too_long_goes_to_failed() {
+    let folder = Folder::new();
+    let primary = Sink::start();
+    let backup = Sink::replying(|event| match event {
+        Event::Rcpt(line) if line.contains("<never@") => Action::reply("450 4.2.0 greylisted"),
+        _ => Action::Default,
+    });
+    let dup = Dup::start(&folder.config(&primary, &[&backup], "retry_for_seconds: 2"));
+    let mut client = Client::ready(dup.addr());
+    let since = Instant::now();
+    assert_eq!(client.message(FROM, &["never@example.com", TO], &numbered(1)).code, 250);
+    folder.wait_empty();
+    assert!(since.elapsed() >= Duration::from_secs(2));
+    let note = note(&folder, &backup);
+    assert!(note.contains("owed 0\n") && note.contains("greylisted"), "{note}");
+    assert!(note.contains("retry_for_seconds"), "{note}");
+    drop(client);
+    end(&dup);
+    assert_eq!(deliveries(&backup), BTreeMap::from([(TO.into(), 1)]));
+    folder.assert_clean();
+}
+
+/// The same for a backup that cannot be reached at all.
+#[test]
+#[ignore = "relay.retry_for_seconds is not looked at while a backup is held"]
+fn a_copy_for_a_backup_that_is_down_for_too_long_goes_to_failed() {
+    let folder = Folder::new();
+    let primary = Sink::start();
+    let backup = Sink::refusing(SinkOptions::default());
+    let dup = Dup::start(&folder.config(&primary, &[&backup], "retry_for_seconds: 2"));
+    let mut client = Client::ready(dup.addr());
+    (1..=3).for_each(|number| send(&mut client, number));
+    wait_until("they are given up", || ids(&folder.files("failed")).len() == 3);
+    assert!(note(&folder, &backup).contains("refused"), "{}", note(&folder, &backup));
+    assert!(folder.files("queue").is_empty(), "{:?}", folder.files("queue"));
+    drop(client);
+    end(&dup);
+}
+
+/// Two messages of the same name: the clock of the names goes round in twelve days, and `failed/`
+/// keeps what it has for longer.
+#[test]
+#[ignore = "link(2) says EEXIST, which is taken for the same message: the new one is lost"]
+fn what_is_in_failed_is_not_taken_for_another_message() {
+    let folder = Folder::new();
+    let primary = Sink::start();
+    let backup = Sink::replying(|event| match event {
+        Event::EndOfData(_) => Action::reply("554 5.7.1 spam"),
+        _ => Action::Default,
+    });
+    kill(folder.start(&primary, &[&backup]));
+    let mail = |text: &str| {
+        let name = backup.addr();
+        format!("NOOP {name}\r\nMAIL FROM:<{FROM}>\r\nRCPT TO:<{TO}>\r\nDATA\r\n{text}\r\n.\r\n")
+    };
+    let put = |file: &str, text: &str| std::fs::write(folder.path().join(file), text).unwrap();
+    std::fs::create_dir(folder.path().join("queue/2026112309")).unwrap();
+    put("failed/5F3A9C20B1.mail", &mail("the old one"));
+    put(&format!("failed/5F3A9C20B1.to.{}", backup.addr()), "reply 554 5.7.1 spam\nowed 0\n");
+    put("queue/2026112309/5F3A9C20B1.mail", &mail("the new one"));
+    put(&format!("queue/2026112309/5F3A9C20B1.to.{}", backup.addr()), "");
+    let dup = folder.start(&primary, &[&backup]);
+    backup.wait_for("an attempt", |backup| backup.attempts().len() == 1);
+    dup.wait_log("status=");
+    end(&dup);
+    let texts: Vec<_> = ["failed", "queue"]
+        .iter()
+        .flat_map(|part| folder.files(part).into_iter().map(move |file| format!("{part}/{file}")))
+        .filter(|file| file.ends_with(".mail"))
+        .map(|file| folder.text(&file))
+        .collect();
+    for text in ["the old one", "the new one"] {
+        assert!(texts.iter().any(|mail| mail.contains(text)), "{text}: {texts:#?}");
+    }
+}
