@@ -302,3 +302,79 @@ fn try_body(dup: &Dup, body: &[u8]) -> Reply {
     client.envelope(FROM, &[TO]);
     client.body(body)
 }
+
+/// What the backup refuses for good goes to `failed/`, or else it is owed still: it must not be
+/// gone because it could not be written down.
+#[test]
+fn a_refusal_that_cannot_be_kept_stays_owed() {
+    for whole in [true, false] {
+        let folder = Folder::new();
+        let primary = Sink::start();
+        let backup = Sink::replying(move |event| match event {
+            Event::EndOfData(_) if whole => Action::reply("554 5.7.1 spam"),
+            Event::Rcpt(line) if !whole && line.contains("<no@") => Action::reply("550 5.1.1 no"),
+            _ => Action::Default,
+        });
+        let dup = folder.start(&primary, &[&backup]);
+        let (place, away) = (folder.path().join("failed"), folder.path().join("away"));
+        fs::rename(&place, &away).unwrap();
+        let mut client = Client::ready(dup.addr());
+        let reply = client.message(FROM, &["no@example.com", TO], &numbered(1));
+        assert_eq!(reply.code, 250, "{reply:?}");
+        dup.wait_log("failed/ in the spool");
+        drop(client);
+        // In order, so that whatever it does about it is done.
+        end(&dup);
+        fs::rename(&away, &place).unwrap();
+        assert_eq!(ids(&folder.files("queue")).len(), 1, "gone; whole: {whole}\n{}", dup.log());
+        // With the folder there it finds its end.
+        let dup = folder.start(&primary, &[&backup]);
+        wait_until("it is in failed/", || folder.files("failed").len() == 2);
+        folder.wait_empty();
+        end(&dup);
+    }
+}
+
+/// `relay.spool_max_bytes` is a disk that is full, and room that is made is seen within seconds.
+#[test]
+fn the_limit_of_the_spool() {
+    for required in [false, true] {
+        let folder = Folder::new();
+        let primary = Sink::start();
+        let (down, up) = (Sink::refusing(SinkOptions::default()), Sink::start());
+        let relay = format!("spool_max_bytes: 2000\nspool_required: {required}");
+        let dup = Dup::start(&folder.config(&primary, &[&down, &up], &relay));
+        let mut client = Client::ready(dup.addr());
+        let body = mail_body(1000);
+        for _ in 0..2 {
+            assert_eq!(client.message(FROM, &[TO], &body).code, 250);
+        }
+        let full = client.message(FROM, &[TO], &body);
+        let line = dup.wait_log(COMPLAINT);
+        assert!(line.contains("spool_max_bytes"), "{line}");
+        assert_eq!(full.code, if required { 452 } else { 250 }, "{full:?}");
+        let count = if required { 2 } else { 3 };
+        up.wait_for("its copies", |up| up.messages().len() >= count);
+        assert_eq!(ids(&folder.files("queue")).len(), 2);
+        down.reopen();
+        down.wait_for("its copies", |down| down.messages().len() >= count);
+        folder.wait_empty();
+        let before = dup.log_lines(COMPLAINT).len();
+        let mut sent = count;
+        wait_until("there is room again", || {
+            let complaints = dup.log_lines(COMPLAINT).len();
+            sent += usize::from(client.message(FROM, &[TO], &body).code == 250);
+            std::thread::sleep(std::time::Duration::from_millis(100));
+            dup.log_lines(COMPLAINT).len() == complaints
+        });
+        assert!(dup.log_lines(COMPLAINT).len() > before, "it was not full");
+        drop(client);
+        down.wait_for("all", |down| down.messages().len() >= sent);
+        folder.wait_empty();
+        end(&dup);
+        assert_eq!((up.attempts().len(), down.attempts().len()), (sent, sent));
+        assert_eq!(primary.attempts().len(), sent);
+        assert_eq!(dup.log_lines("status=lost"), [""; 0]);
+        folder.assert_clean();
+    }
+}

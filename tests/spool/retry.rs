@@ -300,3 +300,66 @@ fn what_is_in_failed_is_not_taken_for_another_message() {
         assert!(texts.iter().any(|mail| mail.contains(text)), "{text}: {texts:#?}");
     }
 }
+
+/// `smtp-dup retry` is a new beginning, also for what had been tried for too long: one more
+/// deferral is no reason to give it up at once.
+#[test]
+#[ignore = "its age counts from its arrival: the first deferral gives it up again"]
+fn what_is_sent_again_by_hand_may_be_deferred_again() {
+    let folder = Folder::new();
+    let primary = Sink::start();
+    let backup = Sink::replying(|event| match event {
+        Event::Rcpt(_) => Action::reply("450 4.2.0 greylisted"),
+        _ => Action::Default,
+    });
+    let yaml = folder.config(&primary, &[&backup], "retry_for_seconds: 2");
+    let dup = Dup::start(&yaml);
+    send(&mut Client::ready(dup.addr()), 1);
+    wait_until("it is given up", || folder.files("failed").len() == 2);
+    folder.wait_empty();
+    end(&dup);
+    let before = backup.count("RCPT");
+    let refusals = AtomicUsize::new(0);
+    backup.set_reply(move |event| match event {
+        Event::Rcpt(_) if refusals.fetch_add(1, Ordering::SeqCst) == 0 => {
+            Action::reply("450 4.2.0 greylisted, because it does not know us any more")
+        }
+        _ => Action::Default,
+    });
+    let output = run(&["retry", "--all"], Some(&yaml), &[]);
+    assert!(output.status.success(), "{output:?}");
+    let dup = Dup::start(&yaml);
+    backup.wait_for("the first attempt", |backup| backup.count("RCPT") > before);
+    wait_until("it is delivered or given up", || folder.files("queue").is_empty());
+    end(&dup);
+    assert_eq!(bodies(&backup.messages()), [numbered(1)], "{:?}", folder.files("failed"));
+}
+
+/// `smtp-dup retry` after the mailboxes were made: to just those that were refused.
+#[test]
+fn recipients_that_were_refused_are_sent_to_again_by_hand() {
+    let folder = Folder::new();
+    let primary = Sink::start();
+    let backup = Sink::replying(|event| match event {
+        Event::Rcpt(line) if line.contains("<new") => Action::reply("550 5.1.1 unknown user"),
+        _ => Action::Default,
+    });
+    let dup = folder.start(&primary, &[&backup]);
+    let to = ["new1@example.com", TO, "new2@example.com"];
+    let mut client = Client::ready(dup.addr());
+    assert_eq!(client.message(FROM, &to, &numbered(1)).code, 250);
+    drop(client);
+    folder.wait_empty();
+    backup.set_reply(|_| Action::Default);
+    let yaml = folder.config(&primary, &[&backup], "");
+    let id = ids(&folder.files("failed")).remove(0);
+    let output = run(&["retry", &id], Some(&yaml), &[]);
+    assert!(output.status.success(), "{output:?}");
+    let output = run(&["flush"], Some(&yaml), &[]);
+    assert!(output.status.success(), "{output:?}");
+    assert_eq!(recipients(&backup.wait(2)[1]), ["new1@example.com", "new2@example.com"]);
+    folder.wait_empty();
+    end(&dup);
+    folder.assert_clean();
+    assert_eq!(folder.files("failed"), [""; 0]);
+}
