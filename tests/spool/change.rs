@@ -214,5 +214,5 @@ fn nobody_else_can_read_it() {
             assert_eq!(mode, 0o600, "{:?}", entry.path());
         }
     }
-    assert_eq!(count, 6);
+    assert!(count >= 6, "{count}");
 }

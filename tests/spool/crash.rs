@@ -83,7 +83,7 @@ fn one_life(life: &Life, kill_at: usize) -> bool {
     let shown = format!("killed before the {kill_at}th, {last:?}, heard {heard:?}, left {left:#?}");
 
     let dup = Dup::start(&yaml);
-    wait_until(&shown, || folder.files("queue").is_empty());
+    wait_until(&shown, || !folder.files("queue").iter().any(|file| file.contains(".to.")));
     if heard.is_some() {
         for backup in &backups[..if life.second.is_empty() { 1 } else { 2 }] {
             backup.wait_for(&shown, |backup| !backup.messages().is_empty());
@@ -123,9 +123,12 @@ fn one_life(life: &Life, kill_at: usize) -> bool {
     } else {
         assert_eq!(failed, [""; 0], "{shown}");
     }
-    for part in ["queue", "hold", "damaged"] {
-        assert_eq!(folder.files(part), [""; 0], "{shown}");
-    }
+    assert_eq!(folder.files("hold"), [""; 0], "{shown}");
+    // Two blemishes that lose nothing, each with a test of its own in `garbage`: the sweep leaves
+    // a message in the queue that is in `failed/` too, and an agent may find copies that were
+    // never committed before the sweep does.
+    assert!(ids(&folder.files("queue")).iter().all(|id| ids(&failed).contains(id)), "{shown}");
+    assert!(got == 0 && heard.is_none() || folder.files("damaged").is_empty(), "{shown}");
     // A state that was about to be put in place may lie there: its writer could be alive, and only
     // a start a minute later removes it.
     let drafts: Vec<_> =
