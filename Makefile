@@ -61,15 +61,20 @@ PLACE = sed -e 's,/usr/local/bin/smtp-dup,$(PREFIX)/bin/smtp-dup,g' \
 
 install: $(RELEASE)
 	install -d "$(DESTDIR)$(PREFIX)/bin" "$(DESTDIR)/etc/smtp-dup" "$(MAN)/man5" "$(MAN)/man8" \
-	    "$(LIB)/systemd/system" "$(LIB)/sysusers.d" "$(DOC)/postfix" "$(DOC)/systemd"
+	    "$(LIB)/systemd/system" "$(LIB)/sysusers.d" "$(LIB)/tmpfiles.d" \
+	    "$(DOC)/postfix" "$(DOC)/systemd" "$(DOC)/spool"
 	install -m 755 "$(RELEASE)" "$(DESTDIR)$(PREFIX)/bin/smtp-dup"
 	install -m 644 etc/config.yaml "$(DESTDIR)/etc/smtp-dup/config.yaml.sample"
 	set -e; put() { $(PLACE) "$$1" >"$$2/$${1##*/}"; chmod 644 "$$2/$${1##*/}"; }; \
 	put man/smtp-dup.8 "$(MAN)/man8"; \
-	put man/smtp-dup.yaml.5 "$(MAN)/man5"; \
+	for file in man/*.5; do put "$$file" "$(MAN)/man5"; done; \
 	put etc/sysusers.d/smtp-dup.conf "$(LIB)/sysusers.d"; \
-	for file in etc/systemd/*.service etc/systemd/*.socket; do put "$$file" "$(LIB)/systemd/system"; done; \
-	for file in etc/inetd.conf etc/examples/*.yaml; do put "$$file" "$(DOC)"; done; \
+	put etc/tmpfiles.d/smtp-dup.conf "$(LIB)/tmpfiles.d"; \
+	for file in etc/systemd/*.service etc/systemd/*.socket etc/systemd/*.timer; do \
+	    put "$$file" "$(LIB)/systemd/system"; \
+	done; \
+	for file in etc/inetd.conf etc/smtp-dup.cron etc/examples/*.yaml; do put "$$file" "$(DOC)"; done; \
+	for file in etc/spool/*; do put "$$file" "$(DOC)/spool"; done; \
 	for file in etc/postfix/*; do put "$$file" "$(DOC)/postfix"; done; \
 	for file in etc/systemd/*.conf; do put "$$file" "$(DOC)/systemd"; done
 

@@ -194,21 +194,31 @@ fn unescaped(line: &str) -> String {
 }
 
 /// Where snippets are shown.
-const DOCUMENTS: [&str; 3] = ["README.md", "man/smtp-dup.8", "man/smtp-dup.yaml.5"];
+const DOCUMENTS: [&str; 4] =
+    ["README.md", "man/smtp-dup.8", "man/smtp-dup.yaml.5", "man/smtp-dup-spool.5"];
 
 /// The first words of the commands that a reader is told to type.
-const COMMANDS: [&str; 22] = [
+const COMMANDS: [&str; 33] = [
+    "(sleep",
+    "cd",
+    "cp",
     "echo",
     "grep",
+    "install",
     "journalctl",
+    "kill",
+    "less",
+    "ls",
     "mailq",
     "make",
     "man",
+    "mv",
     "postconf",
     "postfix",
     "postmap",
     "printf",
     "ps",
+    "sed",
     "sendmail",
     "service",
     "smtp-dup",
@@ -216,7 +226,9 @@ const COMMANDS: [&str; 22] = [
     "swaks",
     "systemctl",
     "systemd-sysusers",
+    "systemd-tmpfiles",
     "tail",
+    "tar",
     "tcpserver",
     "telnet",
     "useradd",
@@ -331,7 +343,7 @@ fn run_if_there(command: &mut Command) -> Option<Output> {
 
 #[test]
 fn the_manuals_are_well_formed() {
-    let manuals = ["man/smtp-dup.8", "man/smtp-dup.yaml.5"];
+    let manuals = DOCUMENTS.iter().filter(|name| name.starts_with("man/"));
     let mut lint = Command::new("mandoc");
     if let Some(lint) = run_if_there(lint.args(["-T", "lint", "-W", "warning"]).args(manuals)) {
         let found = String::from_utf8_lossy(&lint.stdout);
@@ -383,12 +395,18 @@ fn install_brings_all_that_belongs_to_the_program() {
         "etc/smtp-dup/config.yaml.sample",
         "usr/share/man/man8/smtp-dup.8",
         "usr/share/man/man5/smtp-dup.yaml.5",
+        "usr/share/man/man5/smtp-dup-spool.5",
         "usr/lib/systemd/system/smtp-dup.service",
         "usr/lib/systemd/system/smtp-dup.socket",
         "usr/lib/systemd/system/smtp-dup-inetd.socket",
         "usr/lib/systemd/system/smtp-dup-inetd@.service",
+        "usr/lib/systemd/system/smtp-dup-flush.service",
+        "usr/lib/systemd/system/smtp-dup-flush.timer",
         "usr/lib/sysusers.d/smtp-dup.conf",
+        "usr/lib/tmpfiles.d/smtp-dup.conf",
         "usr/share/doc/smtp-dup/inetd.conf",
+        "usr/share/doc/smtp-dup/smtp-dup.cron",
+        "usr/share/doc/smtp-dup/spool/5F3A9C20B1.mail",
         "usr/share/doc/smtp-dup/migration.yaml",
         "usr/share/doc/smtp-dup/postfix/service.master.cf",
         "usr/share/doc/smtp-dup/systemd/port-25.conf",
@@ -424,7 +442,8 @@ fn installed_units(installed: &Installed) -> Vec<PathBuf> {
     let copy = |unit: std::io::Result<fs::DirEntry>| {
         let unit = unit.expect("a unit");
         let text = fs::read_to_string(unit.path()).expect("text");
-        assert!(text.contains("ExecStart=/usr/bin/smtp-dup ") || text.contains("[Socket]"));
+        let runs_nothing = text.contains("[Socket]") || text.contains("[Timer]");
+        assert!(text.contains("ExecStart=/usr/bin/smtp-dup ") || runs_nothing);
         let copy = folder.join(unit.file_name());
         fs::write(&copy, text.replace("ExecStart=/usr/bin/smtp-dup", &program)).expect("writable");
         copy
@@ -436,7 +455,7 @@ fn installed_units(installed: &Installed) -> Vec<PathBuf> {
 fn the_units_are_well_formed() {
     let installed = Installed::with("install", &[]);
     let units = installed_units(&installed);
-    assert_eq!(units.len(), 4, "{units:?}");
+    assert_eq!(units.len(), 6, "{units:?}");
     let mut verify = Command::new("systemd-analyze");
     if let Some(found) = run_if_there(verify.args(["verify", "--man=no"]).args(units)) {
         assert!(found.status.success() && found.stderr.is_empty(), "{found:?}");
@@ -469,4 +488,51 @@ fn systemd_makes_the_user() {
         assert!(users.starts_with("smtp-dup:x:"), "{made:?}\n{users}");
         assert!(users.ends_with("/nologin\n"), "{users}");
     }
+}
+
+#[test]
+fn systemd_makes_the_spool() {
+    let root = tempfile::tempdir().expect("a temporary folder");
+    fs::create_dir_all(root.path().join("var/spool")).expect("writable");
+    let mut tmpfiles = Command::new("systemd-tmpfiles");
+    tmpfiles.arg("--create").arg(format!("--root={}", root.path().display()));
+    // There is no user smtp-dup here, so it becomes the folder of whoever runs this.
+    let text = text("etc/tmpfiles.d/smtp-dup.conf").replace(" smtp-dup smtp-dup ", " - - ");
+    let file = root.path().join("smtp-dup.conf");
+    fs::write(&file, text).expect("writable");
+    if let Some(made) = run_if_there(tmpfiles.arg(file)) {
+        let folder = fs::metadata(root.path().join("var/spool/smtp-dup"));
+        let mode = folder.map(|folder| folder.permissions().mode() & 0o7777).ok();
+        assert_eq!(mode, Some(0o700), "{made:?}");
+    }
+}
+
+/// What smtp-dup-spool(5) shows, smtp-dup reads as the manual says.
+#[test]
+fn the_files_of_the_spool_are_some() {
+    let root = tempfile::tempdir().expect("a temporary folder");
+    let spool = root.path().join("spool");
+    let hour = spool.join("queue/2026112309");
+    fs::create_dir_all(&hour).expect("writable");
+    fs::set_permissions(&spool, fs::Permissions::from_mode(0o700)).expect("ours");
+    let (mail, copy) = ("5F3A9C20B1.mail", "5F3A9C20B1.to.newmail.example.com:25");
+    let wire = text(&format!("etc/spool/{mail}")).replace('\n', "\r\n");
+    fs::write(hour.join(mail), wire).expect("writable");
+    fs::copy(path("etc/spool").join(copy), hour.join(copy)).expect("writable");
+    let output = Command::new(env!("CARGO_BIN_EXE_smtp-dup"))
+        .args(["--config", "etc/examples/migration.yaml", "queue", "--json"])
+        .current_dir(path(""))
+        .env("SMTP_DUP_RELAY_SPOOL", &spool)
+        .output()
+        .expect("smtp-dup runs");
+    let line = String::from_utf8_lossy(&output.stdout);
+    let shown: BTreeMap<String, Value> = serde_yaml::from_str(&line).expect("JSON is YAML");
+    let is = |key: &str, value: Value| assert_eq!(shown.get(key), Some(&value), "{output:?}");
+    is("backup", "newmail.example.com:25".into());
+    is("orphaned", false.into());
+    is("from", "<ada@example.com>".into());
+    is("to", vec![Value::from("<alan@example.com>")].into());
+    is("attempts", 3.into());
+    is("next", 1_795_602_446.into());
+    is("reply", "<alan@example.com>: 450 4.2.0 greylisted".into());
 }
