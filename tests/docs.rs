@@ -536,3 +536,28 @@ fn the_files_of_the_spool_are_some() {
     is("next", 1_795_602_446.into());
     is("reply", "<alan@example.com>: 450 4.2.0 greylisted".into());
 }
+
+/// What the timer and cron start is a command that works.
+#[test]
+fn the_spool_is_flushed_from_time_to_time() {
+    let root = tempfile::tempdir().expect("a temporary folder");
+    let config = root.path().join("config.yaml");
+    let spool = root.path().join("spool");
+    fs::create_dir(&spool).expect("writable");
+    fs::set_permissions(&spool, fs::Permissions::from_mode(0o700)).expect("ours");
+    fs::copy(path("etc/examples/migration.yaml"), &config).expect("writable");
+    for file in ["etc/systemd/smtp-dup-flush.service", "etc/smtp-dup.cron"] {
+        let text = text(file);
+        let (_, rest) = text.split_once("/usr/local/bin/smtp-dup ").expect("the program");
+        let words = rest.lines().next().unwrap_or_default();
+        let words = words.replace("/etc/smtp-dup/config.yaml", &config.display().to_string());
+        let output = Command::new("sh")
+            .arg("-c")
+            .arg(format!("{} {words}", env!("CARGO_BIN_EXE_smtp-dup")))
+            .env("SMTP_DUP_RELAY_SPOOL", &spool)
+            .output()
+            .expect("sh runs");
+        assert_eq!(output.status.code(), Some(0), "{file}: {output:?}");
+        assert!(output.stderr.is_empty(), "{file}: {output:?}");
+    }
+}
