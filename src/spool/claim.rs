@@ -12,12 +12,13 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use nix::fcntl::{Flock, FlockArg};
 
-use super::{Entry, Spool, TO, create, ignore_missing, sync_folder};
+use super::{Entry, MAIL, Spool, TO, create, ignore_missing, sync_folder};
+use crate::message::QueueId;
 use crate::smtp::command::{Command, Relayed};
 use crate::smtp::envelope::{Envelope, Path as Address};
 
-/// Longest line of an envelope in the spool, in octets: as long as a client's may be.
-const MAX_LINE: u64 = 4096;
+/// Longest line of an envelope in the spool, in octets: the names of all backups are one.
+const MAX_LINE: u64 = 1 << 20;
 
 /// A copy that this process alone may touch.
 #[derive(Debug)]
@@ -37,6 +38,8 @@ pub struct Owed {
     pub attempts: u32,
     /// Not before this time.
     pub next: Option<SystemTime>,
+    /// When it was sent again by hand: since then it counts as new.
+    pub since: Option<SystemTime>,
     /// What the backup said last, or the failure.
     pub reply: String,
     /// The recipients, by their place in the envelope; `None` for all.
@@ -94,6 +97,10 @@ impl Spool {
     ) -> io::Result<Claimed> {
         let file = match open(path) {
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Claimed::Gone),
+            Err(error) if error.kind() == ErrorKind::InvalidData => {
+                self.renew_state(path)?;
+                return Err(error);
+            }
             other => other?,
         };
         let lock = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
@@ -110,7 +117,7 @@ impl Spool {
         let mut text = String::new();
         let read = (&*lock).take(64 << 20).read_to_string(&mut text);
         let Some(owed) = read.ok().and_then(|_| Owed::parse(&text)) else {
-            self.move_aside(path)?;
+            self.renew_state(path)?;
             return Err(damaged(path));
         };
         let spool = Arc::clone(self);
@@ -132,6 +139,33 @@ impl Spool {
         })
     }
 
+    /// A state that cannot be read is moved aside, and all is owed again: twice is better than
+    /// never.
+    fn renew_state(&self, path: &Path) -> io::Result<()> {
+        self.move_aside(path)?;
+        create(path, false).map(drop)
+    }
+
+    /// Gives a message a place in `failed/`: under its own name, or another if there is a message
+    /// of that name already (names begin anew after twelve days).
+    fn link_failed(&self, entry: Entry) -> io::Result<QueueId> {
+        let from = self.mail(entry);
+        let own = fs::metadata(&from)?.ino();
+        let mut id = entry.id;
+        loop {
+            let to = self.failed().join(format!("{id}{MAIL}"));
+            match fs::hard_link(&from, &to) {
+                Err(error) if error.kind() == ErrorKind::AlreadyExists => {
+                    if fs::metadata(&to).is_ok_and(|other| other.ino() == own) {
+                        return Ok(id);
+                    }
+                    id = QueueId::next();
+                }
+                linked => return linked.map(|()| id),
+            }
+        }
+    }
+
     /// Moves a file that cannot be read out of the way, under its own name.
     pub(super) fn move_aside(&self, path: &Path) -> io::Result<()> {
         let name = path.file_name().unwrap_or(path.as_os_str());
@@ -140,7 +174,7 @@ impl Spool {
 }
 
 /// Opens a regular file, and nothing else: no link is followed, and no fifo waited for.
-fn open(path: &Path) -> io::Result<File> {
+pub(super) fn open(path: &Path) -> io::Result<File> {
     use std::os::unix::fs::OpenOptionsExt;
     let flags = nix::libc::O_NOFOLLOW | nix::libc::O_NONBLOCK;
     let file = File::options().read(true).custom_flags(flags).open(path).map_err(|error| {
@@ -156,7 +190,7 @@ fn open(path: &Path) -> io::Result<File> {
 }
 
 fn damaged(path: &Path) -> io::Error {
-    let text = format!("{} is not a file of the spool; it is moved to damaged/", path.display());
+    let text = format!("{} is not what it should be; moved to damaged/", path.display());
     io::Error::new(ErrorKind::InvalidData, text)
 }
 
@@ -226,7 +260,8 @@ impl Claim {
     /// # Errors
     /// Those of the file system: the state is then what it was.
     pub fn put_off(&self, owed: &Owed) -> io::Result<()> {
-        write_state(&self.spool, &self.path(), owed, "")
+        let since = self.owed.since;
+        write_state(&self.spool, &self.path(), &Owed { since, ..owed.clone() }, "")
     }
 
     /// The backup has refused these recipients for good: they are kept in `failed/`, with its
@@ -234,15 +269,15 @@ impl Claim {
     ///
     /// # Errors
     /// Those of the file system: they stay owed then.
-    pub fn refused(&self, mail: &Envelope, refused: &[(usize, String)]) -> io::Result<()> {
+    pub fn refused(
+        &self,
+        mail: &Envelope,
+        refused: &[(usize, String)],
+        attempts: u32,
+    ) -> io::Result<()> {
         let failed = self.spool.failed();
-        let from = self.spool.mail(self.entry);
-        let to = failed.join(from.file_name().unwrap_or_default());
-        match fs::hard_link(&from, &to) {
-            Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
-            linked => linked?,
-        }
-        let path = failed.join(format!("{}{TO}{}", self.entry.id, self.backup));
+        let id = self.spool.link_failed(self.entry)?;
+        let path = failed.join(format!("{id}{TO}{}", self.backup));
         // Others of the same message may have been refused before.
         let before = fs::read_to_string(&path).unwrap_or_default();
         let mut places = Owed::parse(&before).and_then(|owed| owed.places).unwrap_or_default();
@@ -256,7 +291,7 @@ impl Claim {
             notes += &format!("# {place} {} {reply}\n", recipient.unwrap_or_default());
         }
         let reply = refused.last().map_or(String::new(), |(_, reply)| reply.clone());
-        let owed = Owed { places: Some(places), next: None, reply, ..self.owed.clone() };
+        let owed = Owed { places: Some(places), reply, attempts, ..Owed::default() };
         write_state(&self.spool, &path, &owed, &notes)?;
         sync_folder(&failed)
     }
@@ -275,6 +310,8 @@ pub(super) fn write_state(spool: &Spool, path: &Path, owed: &Owed, notes: &str) 
     file.write_all(notes.as_bytes())?;
     // A reader of the folder sees without opening it that it is not due.
     file.set_modified(owed.next.unwrap_or_else(SystemTime::now))?;
+    // A name must never lead to less than this, or a power loss would make all owed again.
+    file.sync_all()?;
     fs::rename(&new, path)
 }
 
@@ -284,6 +321,9 @@ impl Owed {
         let mut text = format!("attempts {}\n", self.attempts);
         if let Some(next) = self.next {
             text += &format!("next {}\n", seconds(next));
+        }
+        if let Some(since) = self.since {
+            text += &format!("since {}\n", seconds(since));
         }
         if !self.reply.is_empty() {
             text += &format!("reply {}\n", self.reply.replace(['\r', '\n'], " "));
@@ -302,6 +342,7 @@ impl Owed {
             match word {
                 "attempts" => owed.attempts = value.parse().ok()?,
                 "next" => owed.next = Some(time(value.parse().ok()?)),
+                "since" => owed.since = Some(time(value.parse().ok()?)),
                 "reply" => owed.reply = value.into(),
                 "owed" => {
                     let places = value.split(' ').map(str::parse).collect::<Result<Vec<_>, _>>();
@@ -333,6 +374,7 @@ mod tests {
         let owed = Owed {
             attempts: 3,
             next: Some(time(1_764_060_000)),
+            since: Some(time(1_764_050_000)),
             reply: "450 4.2.0 greylisted".into(),
             places: Some(vec![0, 2]),
         };

@@ -4,14 +4,17 @@
 //! it first.
 
 use std::ffi::OsStr;
-use std::fs::{self, ReadDir};
-use std::io;
+use std::fs::{self, File, ReadDir};
+use std::io::{self, Read};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::SystemTime;
 
-use super::claim::{Claimed, Mail, Owed, read_mail, write_state};
+use nix::fcntl::{Flock, FlockArg};
+
+use super::claim::{Claimed, Mail, Owed, open, read_mail, write_state};
 use super::draft::this_hour;
-use super::{Entry, MAIL, Spool, TO, ignore_missing, sync_folder};
+use super::{Entry, MAIL, Spool, TO, create, ignore_missing, sync_folder};
 use crate::message::QueueId;
 
 /// Which part of the spool a copy lies in.
@@ -60,7 +63,10 @@ impl Spool {
 
     /// The state of a copy. `None` when it has gone meanwhile, or cannot be read.
     pub fn state(&self, item: &Item) -> Option<Owed> {
-        Owed::parse(&fs::read_to_string(self.item_path(item)).ok()?)
+        let mut text = String::new();
+        // No link is followed, and no fifo waited for.
+        open(&self.item_path(item)).ok()?.read_to_string(&mut text).ok()?;
+        Owed::parse(&text)
     }
 
     /// The message of a copy.
@@ -82,8 +88,8 @@ impl Spool {
             Claimed::Busy => return Ok(Done::Busy),
             Claimed::Gone => return Ok(Done::Gone),
         };
-        let owed = self.state(item).and_then(|owed| owed.places);
-        let fresh = Owed { places: owed, ..Owed::default() };
+        let places = self.state(item).and_then(|owed| owed.places);
+        let mut fresh = Owed { places, since: Some(SystemTime::now()), ..Owed::default() };
         if item.part == Part::Queue && new.is_none() {
             write_state(self, &self.item_path(item), &fresh, "")?;
             return Ok(Done::Yes(item.entry.id));
@@ -92,15 +98,47 @@ impl Spool {
         // written in it, and that list must hold for all that have its name.
         let id = if new.is_some() { QueueId::next() } else { item.entry.id };
         let entry = Entry { hour: this_hour(), id };
+        let backup = new.unwrap_or(&item.backup);
+        // Others of the same message may be owed it still: it stays one copy.
+        let twin = self.twin(id, backup)?;
+        let _twin = match &twin {
+            None => None,
+            Some(twin) => match self.claim_item(twin)? {
+                Claimed::Yes(claim) => {
+                    fresh.places = union(fresh.places, claim.owed.places.clone());
+                    Some(claim)
+                }
+                Claimed::Busy => return Ok(Done::Busy),
+                Claimed::Gone => None,
+            },
+        };
+        let entry = twin.filter(|_| _twin.is_some()).map_or(entry, |twin| twin.entry);
         self.ready_hour(entry)?;
+        // Nobody is to take what is being made for what a crash has left.
+        let mark = self.tmp().join(id.to_string());
+        let _mark = match create(&mark, false) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => return Ok(Done::Busy),
+            made => Mark::new(mark, made?)?,
+        };
         match fs::hard_link(self.item_mail_path(item), self.mail(entry)) {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
             linked => linked?,
         }
-        write_state(self, &self.copy(entry, new.unwrap_or(&item.backup)), &fresh, "")?;
+        write_state(self, &self.copy(entry, backup), &fresh, "")?;
         sync_folder(&self.hour(entry))?;
         self.remove_item(item)?;
         Ok(Done::Yes(id))
+    }
+
+    /// The copy of the same message for the same backup that waits in the queue.
+    fn twin(&self, id: QueueId, backup: &str) -> io::Result<Option<Item>> {
+        for (hour, _) in self.hours()? {
+            let entry = Entry { hour, id };
+            if self.copy(entry, backup).exists() {
+                return Ok(Some(Item { part: Part::Queue, entry, backup: backup.into() }));
+            }
+        }
+        Ok(None)
     }
 
     /// Gives a copy up.
@@ -154,6 +192,35 @@ impl Spool {
             Part::Failed => self.failed().join(format!("{}{MAIL}", item.entry.id)),
         }
     }
+}
+
+/// A locked file in `tmp/`, as a writer has it, for as long as this is there.
+struct Mark {
+    path: PathBuf,
+    _lock: Flock<File>,
+}
+
+impl Mark {
+    fn new(path: PathBuf, file: File) -> io::Result<Mark> {
+        let lock = Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, e)| e)?;
+        Ok(Mark { path, _lock: lock })
+    }
+}
+
+impl Drop for Mark {
+    fn drop(&mut self) {
+        // What stays is swept away.
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
+/// Who is owed by the one or the other; `None` is everybody.
+fn union(one: Option<Vec<usize>>, other: Option<Vec<usize>>) -> Option<Vec<usize>> {
+    let (mut all, other) = (one?, other?);
+    all.extend(other);
+    all.sort_unstable();
+    all.dedup();
+    Some(all)
 }
 
 fn in_folder(part: Part, hour: u32, path: PathBuf) -> Box<dyn Iterator<Item = io::Result<Item>>> {

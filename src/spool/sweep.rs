@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::MetadataExt;
 use std::time::{Duration, SystemTime};
 
 use nix::fcntl::{Flock, FlockArg};
@@ -29,6 +28,7 @@ impl Spool {
     /// Those of the file system.
     pub fn sweep(&self, backups: &[String]) -> io::Result<Census> {
         self.sweep_drafts()?;
+        self.sweep_holds()?;
         let mut census = Census::default();
         for (hour, folder) in self.hours()? {
             for file in fs::read_dir(&folder)? {
@@ -46,6 +46,17 @@ impl Spool {
             self.remove_hour(&folder)?;
         }
         Ok(census)
+    }
+
+    /// Holds that are over: who wrote them may not be there to end them.
+    fn sweep_holds(&self) -> io::Result<()> {
+        for file in fs::read_dir(self.root.join("hold"))? {
+            let name = file?.file_name();
+            if name.to_str().is_some_and(|backup| self.held(backup).is_none()) {
+                ignore_missing(fs::remove_file(self.root.join("hold").join(&name)))?;
+            }
+        }
+        Ok(())
     }
 
     /// Drafts whose writer is gone: nobody has them locked.
@@ -86,10 +97,9 @@ impl Spool {
         if backups.iter().any(|backup| self.copy(entry, backup).exists()) {
             return Ok(());
         }
-        // One that is in failed/ as well may just be on its way back.
-        match fs::symlink_metadata(self.mail(entry)) {
-            Ok(about) if about.nlink() == 1 => {}
-            _ => return Ok(()),
+        // Somebody is just putting it there.
+        if self.tmp().join(entry.id.to_string()).exists() {
+            return Ok(());
         }
         let start = format!("{}{TO}", entry.id);
         for file in fs::read_dir(self.hour(entry))? {

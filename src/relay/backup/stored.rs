@@ -138,7 +138,7 @@ impl Backup {
         let Some(claim) = &copy.claim else { return Ok(false) };
         let refused: Vec<_> =
             refused.iter().map(|(place, reply)| (*place, reply.to_string())).collect();
-        claim.refused(&copy.message.envelope, &refused).map(|()| true)
+        claim.refused(&copy.message.envelope, &refused, copy.attempts).map(|()| true)
     }
 
     /// Other processes on the spool are not to try it either.
@@ -173,6 +173,7 @@ impl Backup {
                 next: Some(SystemTime::now() + until.saturating_duration_since(Instant::now())),
                 reply: why.into(),
                 places: Some(copy.owed.clone()),
+                ..Owed::default()
             };
             self.complain(claim.put_off(&owed));
         }
@@ -189,8 +190,12 @@ impl Backup {
 
     /// It was tried for long enough.
     pub(super) fn is_too_old(&self, copy: &Copy) -> bool {
-        let limit = self.plan.spool.as_ref().map(|spool| spool.settings().retry_for);
-        copy.is_stored() && limit.is_some_and(|limit| copy.message.accepted.elapsed() > limit)
+        let (Some(spool), Some(claim)) = (&self.plan.spool, &copy.claim) else { return false };
+        let age = match claim.owed.since {
+            Some(since) => SystemTime::now().duration_since(since).unwrap_or_default(),
+            None => copy.message.accepted.elapsed(),
+        };
+        age > spool.settings().retry_for
     }
 
     /// A copy was tried for long enough.
