@@ -138,8 +138,8 @@ fn what_failed_is_durable_before_it_leaves_the_queue() {
     let name = sinks[2].addr().to_string();
     let removed = all(&trace, "unlink", "queue/", &name)[0];
     let link = all(&trace, "link", "queue/", ".mail")[0];
-    let note = all(&trace, "rename", "tmp/", &name).into_iter();
-    let note = note.filter(|call| call.to.starts_with("failed/")).next_back().unwrap();
+    let notes = all(&trace, "rename", "tmp/", &name);
+    let note = notes.into_iter().rfind(|call| call.to.starts_with("failed/")).unwrap();
     assert_synced(&trace, "failed", link, removed);
     assert_synced(&trace, "failed", note, removed);
     // Its octets: a name for an empty file would say "all recipients", and not why.

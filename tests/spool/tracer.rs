@@ -127,6 +127,8 @@ impl Traced {
         let spool = spool.to_path_buf();
         // Whoever starts it is its tracer, and has to stay the same thread.
         let thread = thread::spawn(move || {
+            // The tracer reaps it, with all its threads.
+            #[allow(clippy::zombie_processes)]
             let child = command.spawn().unwrap();
             let pid = child.id() as pid_t;
             sender.send(pid).unwrap();
