@@ -257,8 +257,8 @@ struct Kept {
     held: Held,
     /// What does not fit into memory, unless the spool has it.
     file: Option<(File, u64)>,
-    /// The spool has it, and memory has not.
-    is_spooled: bool,
+    /// So many octets the spool has, and memory has not.
+    spooled: u64,
 }
 
 /// What became of a message that the primary accepted.
@@ -276,7 +276,7 @@ impl Collector {
     /// Nothing held yet; `draft` is the place in the spool that the message goes to.
     pub fn new(budget: &Arc<Budget>, draft: Option<Draft>) -> Collector {
         let held = Held::nothing(budget);
-        Collector { kept: Ok(Kept { held, file: None, is_spooled: false }), draft }
+        Collector { kept: Ok(Kept { held, file: None, spooled: 0 }), draft }
     }
 
     /// The body has grown by `octets`, which the caller still holds in memory. False when they
@@ -303,7 +303,7 @@ impl Collector {
     pub fn spill(&mut self, octets: &[u8]) {
         let Ok(kept) = &mut self.kept else { return };
         if self.draft.is_some() {
-            kept.is_spooled = true;
+            kept.spooled += octets.len() as u64;
         } else if let Err(error) = kept.spill(octets) {
             self.kept = Err(error);
         }
@@ -330,8 +330,8 @@ impl Collector {
     /// The spool has failed with a body that memory has not got any more.
     fn rescue(&mut self, mut draft: Draft) {
         if let Ok(kept) = &mut self.kept
-            && std::mem::take(&mut kept.is_spooled)
-            && let Err(error) = kept.rescue(&mut draft)
+            && let spooled @ 1.. = std::mem::take(&mut kept.spooled)
+            && let Err(error) = kept.rescue(&mut draft, spooled)
         {
             self.kept = Err(error);
         }
@@ -362,7 +362,7 @@ impl Collector {
             self.spill(rest);
         }
         self.count((envelope.octets() + OVERHEAD) as usize);
-        let Kept { mut held, file, is_spooled } = match self.kept {
+        let Kept { mut held, file, spooled } = match self.kept {
             Ok(kept) => kept,
             Err(_) if stored.is_some() => return Collected::Stored,
             Err(why) => return Collected::Lost(why),
@@ -372,7 +372,7 @@ impl Collector {
             .map(|(done, backups)| Place { entry: done.entry, backups: Arc::clone(backups) });
         let body = match (file, stored) {
             (Some((file, length)), _) => Body::File { file, start: 0, length },
-            (None, Some((Stored { file, start, length, .. }, _))) if is_spooled => {
+            (None, Some((Stored { file, start, length, .. }, _))) if spooled > 0 => {
                 if held.take_file().is_err() {
                     return Collected::Stored;
                 }
@@ -396,9 +396,10 @@ impl Kept {
         Ok(())
     }
 
-    fn rescue(&mut self, draft: &mut Draft) -> Result<(), NoCopy> {
+    fn rescue(&mut self, draft: &mut Draft, spooled: u64) -> Result<(), NoCopy> {
         let mut file = self.held.open_file()?;
-        let length = draft.rescue(&mut file).map_err(|error| self.held.budget.failed(error))?;
+        let length =
+            draft.rescue(&mut file, spooled).map_err(|error| self.held.budget.failed(error))?;
         self.file = Some((file, length));
         Ok(())
     }

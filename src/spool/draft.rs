@@ -133,13 +133,14 @@ impl Draft {
         Arc::clone(&self.backups)
     }
 
-    /// Copies the body as far as it was written, for a spool that failed in the middle.
+    /// Copies so many octets of the body from its beginning, for a spool that failed in the middle.
+    /// What the draft has behind them memory has too, and brings it itself.
     ///
     /// # Errors
     /// Those of reading and writing.
-    pub fn rescue(&mut self, into: &mut File) -> io::Result<u64> {
+    pub fn rescue(&mut self, into: &mut File, octets: u64) -> io::Result<u64> {
         self.file.seek(SeekFrom::Start(self.start))?;
-        let mut written = io::Read::take(&*self.file, self.length);
+        let mut written = io::Read::take(&*self.file, octets);
         io::copy(&mut written, into)
     }
 }

@@ -197,7 +197,6 @@ fn a_disk_that_is_nearly_full() {
 /// A message that was begun with room and ends without: what the spool has already must not be
 /// missing in the copy.
 #[test]
-#[ignore = "MESSAGE TORN: a big copy is torn: what memory still has is taken from the draft as well, and sent as commands"]
 fn a_disk_that_is_full_in_the_middle_of_a_message() {
     for required in [false, true] {
         let folder = Folder::new();
@@ -238,7 +237,6 @@ fn a_disk_that_is_full_in_the_middle_of_a_message() {
 /// The same, step by step: the disk fills up while some octets are in memory and in the draft. The
 /// copy has each of them once, and its end is the end: what followed would be taken for commands.
 #[test]
-#[ignore = "MESSAGE TORN: a big copy is torn: what memory still has is taken from the draft as well, and sent as commands"]
 fn a_disk_that_is_full_between_two_parts_of_a_message() {
     for last in [100_000, 400_000] {
         let folder = Folder::new();
@@ -294,7 +292,6 @@ fn assert_only_this(sink: &Sink, body: &[u8]) {
 
 /// The disk gives an error where the message is made durable.
 #[test]
-#[ignore = "MESSAGE TORN: a big copy is torn: what memory still has is taken from the draft as well, and sent as commands"]
 fn an_error_of_fdatasync() {
     if !strace::available() {
         return;
@@ -328,7 +325,6 @@ fn an_error_of_fdatasync() {
 /// The primary has taken the message and only then the commit fails: whatever is required, it is
 /// too late for a 452, which would make the client send it twice.
 #[test]
-#[ignore = "MESSAGE TORN: a big copy is torn: what memory still has is taken from the draft as well, and sent as commands"]
 fn an_error_of_the_commit() {
     if !strace::available() {
         return;
