@@ -4,15 +4,28 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::config::Config;
+use crate::launch::privileges::become_owner;
 use crate::relay::connection::Connection;
 use crate::relay::destination::Destination;
 use crate::shutdown::{Deadline, Grace, Shutdown};
+use crate::spool::Spool;
 
-/// Connects to each destination and prints what it found. False when the primary failed.
+/// Connects to each destination, opens the spool, and prints what it found. False when the primary
+/// or the spool failed.
 pub fn run(config: &Config) -> bool {
-    let well = probe(config, "primary", &config.primary);
+    let mut well = probe(config, "primary", &config.primary);
     for backup in &config.backups {
         probe(config, "backup", backup);
+    }
+    if let Some(settings) = &config.spool {
+        // As the service will, whose folder it is.
+        match become_owner(&settings.folder).and_then(|()| Spool::open(settings)) {
+            Ok(_) => println!("spool {}: ok", settings.folder.display()),
+            Err(what) => {
+                println!("spool: FAILED: {what}");
+                well = false;
+            }
+        }
     }
     well
 }

@@ -85,6 +85,10 @@ pub struct Retry {
     #[argh(switch)]
     pub all: bool,
 
+    /// only those for this backup
+    #[argh(option, arg_name = "backup")]
+    pub backup: Option<String>,
+
     /// send them to this configured backup instead
     #[argh(option, arg_name = "backup")]
     pub to: Option<String>,
@@ -98,6 +102,10 @@ pub struct Retry {
 #[derive(FromArgs, Debug)]
 #[argh(subcommand, name = "drop")]
 pub struct Drop {
+    /// all for the backup that --backup names
+    #[argh(switch)]
+    pub all: bool,
+
     /// only those for this backup
     #[argh(option, arg_name = "backup")]
     pub backup: Option<String>,

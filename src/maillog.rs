@@ -47,7 +47,7 @@ pub fn few_descriptors(needed: u64, limit: u64) {
     warn!(
         "the limit on open files is {limit}, but all connections may need {needed}: \
          raise it (ulimit -n, LimitNOFILE) or lower smtp.max_connections; \
-         copies of messages over 256 KiB are not kept"
+         without a spool, copies of messages over 256 KiB are not kept"
     );
 }
 
@@ -225,7 +225,15 @@ pub fn copy_lost(id: QueueId, backup: &Destination, why: &str) {
 /// A copy was refused for good, or tried for too long: the spool keeps it.
 pub fn copy_failed(id: QueueId, backup: &Destination, why: &str) {
     error!(
-        "{id}: relay={backup} role=backup status=failed ({}); kept in failed/: see smtp-dup queue",
+        "{id}: relay={backup} role=backup status=failed ({}); kept in failed/: see smtp-dup queue --failed",
+        one_line(why)
+    );
+}
+
+/// A process for one client does not try a copy: the spool has it for others.
+pub fn copy_kept(id: QueueId, backup: &Destination, why: &str) {
+    info!(
+        "{id}: relay={backup} role=backup status=deferred (kept in the spool: {})",
         one_line(why)
     );
 }
@@ -259,7 +267,7 @@ pub fn spool_has(backup: &str, copies: u64) {
 pub fn spool_orphans(backup: &str, copies: u64) {
     warn!(
         "relay={backup} is owed {copies} copies by the spool, but is no destination any more: \
-         smtp-dup retry --to OTHER, or smtp-dup drop"
+         smtp-dup retry --all --backup {backup} --to OTHER, or smtp-dup drop --all --backup {backup}"
     );
 }
 

@@ -72,7 +72,7 @@ fn by_hand(words: &[String]) -> ExitCode {
         Ok((config, warnings, user)) => {
             open_log(&config, launch.log);
             warn(&warnings);
-            ended(serve(&config, launch.clients, user.as_ref()))
+            serve(&config, launch.clients, user.as_ref())
         }
         Err(what) => refuse(launch, &what),
     }
@@ -146,8 +146,9 @@ fn with_spool(config: &Config, command: &Command) -> io::Result<bool> {
     let settings = config.spool.as_ref().ok_or_else(|| {
         io::Error::new(ErrorKind::InvalidInput, "relay.spool is not set: there is no spool")
     })?;
-    become_owner(&settings.folder).map_err(io::Error::other)?;
-    let spool = Arc::new(Spool::open(settings).map_err(io::Error::other)?);
+    let wrong = |what| io::Error::new(ErrorKind::InvalidInput, what);
+    become_owner(&settings.folder).map_err(wrong)?;
+    let spool = Arc::new(Spool::open(settings).map_err(wrong)?);
     match command {
         Command::Queue(order) => operator::queue(config, &spool, order),
         Command::Flush(order) => operator::flush(config, &spool, order, &Signals::watch()?),
@@ -158,32 +159,33 @@ fn with_spool(config: &Config, command: &Command) -> io::Result<bool> {
 }
 
 /// Serves the clients that came with the start, or else whoever connects.
-fn serve(config: &Config, clients: Option<Clients>, user: Option<&User>) -> Result<(), String> {
+fn serve(config: &Config, clients: Option<Clients>, user: Option<&User>) -> ExitCode {
     let clients = match clients {
-        Some(clients) => clients,
-        None => Clients::Many(listener::bind(&config.listen)?),
+        Some(clients) => Ok(clients),
+        None => listener::bind(&config.listen).map(Clients::Many),
     };
-    let prepared = confine(user, None)
-        .and_then(|()| Signals::watch().map_err(|error| format!("signals: {error}")));
-    let signals = match prepared {
-        Ok(signals) => signals,
+    let clients = match clients {
+        Ok(clients) => clients,
+        Err(what) => return ended(Err(what)),
+    };
+    // What root, or the configuration, has to put right is no failure that passes.
+    let spool = match confine(user, None).and_then(|()| open_spool(config)) {
+        Ok(spool) => spool,
         Err(what) => {
             clients.turn_away();
-            return Err(what);
+            maillog::fatal(what);
+            return ExitCode::from(WRONG_USE);
         }
     };
     if Uid::effective().is_root() {
         maillog::runs_as_root();
     }
-    let store = match open_spool(config) {
-        Ok(spool) => Store { scratch: Scratch::Folder(std::env::temp_dir()), spool },
-        Err(what) => {
-            clients.turn_away();
-            return Err(what);
-        }
-    };
-    systemd::ready();
-    server::run(config, clients, &signals, None, store).map_err(|error| format!("signals: {error}"))
+    let store = Store { scratch: Scratch::Folder(std::env::temp_dir()), spool };
+    let served = Signals::watch().and_then(|signals| {
+        systemd::ready();
+        server::run(config, clients, &signals, None, store)
+    });
+    ended(served.map_err(|error| format!("signals: {error}")))
 }
 
 /// As the user who serves, so that the files are that user's.

@@ -3,7 +3,7 @@
 //! `main` calls them with the configuration of the service, as the user whose spool it is. Each
 //! works beside running daemons, prints what it did, and gives false when something of it failed.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::io::{self, Write};
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -36,10 +36,11 @@ pub fn queue(config: &Config, spool: &Arc<Spool>, order: &Queue) -> io::Result<b
     let part = if order.failed { Part::Failed } else { Part::Queue };
     let known = spool::names(&destinations(config));
     let mut out = io::BufWriter::new(io::stdout().lock());
-    let held = known.iter().filter_map(|name| spool.held(name).map(|held| (name, held)));
+    let held: HashMap<&String, (SystemTime, String)> =
+        known.iter().filter_map(|name| Some((name, spool.held(name)?))).collect();
     if !order.json {
-        for (backup, (until, reply)) in held {
-            writeln!(out, "{backup} is held until {}: {reply}", local(until))?;
+        for (backup, (until, reply)) in &held {
+            writeln!(out, "{backup} is held until {}: {reply}", local(*until))?;
         }
     }
     let mut count: u64 = 0;
@@ -47,10 +48,14 @@ pub fn queue(config: &Config, spool: &Arc<Spool>, order: &Queue) -> io::Result<b
         let item = item?;
         // Delivered meanwhile.
         let Some(state) = spool.state(&item) else { continue };
+        if !spool.is_committed(&item) {
+            continue;
+        }
+        let held_until = held.get(&item.backup).map(|(until, _)| *until);
         let mail = spool.item_mail(&item).ok();
         let is_orphan = !known.contains(&item.backup);
         if order.json {
-            writeln!(out, "{}", for_programs(&item, &state, mail.as_ref(), is_orphan))?;
+            writeln!(out, "{}", for_programs(&item, &state, mail.as_ref(), is_orphan, held_until))?;
         } else {
             if count == 0 {
                 writeln!(
@@ -59,7 +64,7 @@ pub fn queue(config: &Config, spool: &Arc<Spool>, order: &Queue) -> io::Result<b
                     "id", "since", "octets", "for", "tries", "next"
                 )?;
             }
-            for_people(&mut out, &item, &state, mail.as_ref(), is_orphan)?;
+            for_people(&mut out, &item, &state, mail.as_ref(), is_orphan, held_until)?;
         }
         count += 1;
     }
@@ -87,11 +92,13 @@ fn for_people(
     state: &Owed,
     mail: Option<&Mail>,
     is_orphan: bool,
+    held_until: Option<SystemTime>,
 ) -> io::Result<()> {
-    let next = match (item.part, state.next) {
-        (Part::Failed, _) => "never".into(),
-        (_, Some(next)) if next > SystemTime::now() => local(next),
-        _ => "now".into(),
+    let later = state.next.max(held_until).filter(|next| *next > SystemTime::now());
+    let next = match later {
+        _ if item.part == Part::Failed || is_orphan => "never".into(),
+        Some(next) => local(next),
+        None => "now".into(),
     };
     let since = mail.map_or("?".into(), |mail| local(mail.arrived));
     let octets = mail.map_or("?".into(), |mail| mail.length.to_string());
@@ -117,7 +124,13 @@ fn for_people(
     Ok(())
 }
 
-fn for_programs(item: &Item, state: &Owed, mail: Option<&Mail>, is_orphan: bool) -> String {
+fn for_programs(
+    item: &Item,
+    state: &Owed,
+    mail: Option<&Mail>,
+    is_orphan: bool,
+    held_until: Option<SystemTime>,
+) -> String {
     let to: Option<Vec<_>> =
         mail.map(|mail| owed(state, mail).iter().map(|path| path.display()).collect());
     let object = json!({
@@ -131,6 +144,7 @@ fn for_programs(item: &Item, state: &Owed, mail: Option<&Mail>, is_orphan: bool)
         "to": to,
         "attempts": state.attempts,
         "next": state.next.filter(|_| item.part == Part::Queue).map(spool::seconds),
+        "held_until": held_until.map(spool::seconds),
         "reply": state.reply,
     });
     object.to_string()
@@ -159,38 +173,34 @@ pub fn flush(
     let is_meant =
         |to: &Destination| order.backup.is_empty() || order.backup.contains(&to.to_string());
     let meant: Vec<_> = all.into_iter().filter(is_meant).collect();
+    // What a crash of a process for one client has left, nobody else clears up where none stays.
+    spool.sweep(&spool::names(&meant))?;
+    let failed_for = |to: &Destination| spool.count(Part::Failed, &to.to_string());
+    let before: Vec<u64> = meant.iter().map(failed_for).collect::<io::Result<_>>()?;
     let mut well = true;
-    for (to, tried) in meant.iter().zip(server::flush(config, spool, &meant, signals)) {
-        let left = count(spool, &to.to_string())?;
+    let flushed = server::flush(config, spool, &meant, signals);
+    for ((to, tried), before) in meant.iter().zip(flushed).zip(before) {
+        let left = spool.count(Part::Queue, &to.to_string())?;
+        let failed = failed_for(to)?.saturating_sub(before);
         match tried {
             // The primary is only spoken of when there was something for it.
-            Ok(0) if left == 0 && *to == config.primary => {}
-            Ok(tried) => println!("{to}: {} tried, {left} left", copies(tried)),
+            Ok(0) if left == 0 && *to == config.primary && order.backup.is_empty() => {}
+            Ok(tried) => {
+                let tried = copies(tried);
+                println!("{to}: {tried} tried, {left} left, {failed} given up (queue --failed)");
+            }
             Err(error) => {
                 println!("{to}: FAILED: {error}");
                 well = false;
             }
         }
-        well &= left == 0;
+        well &= left == 0 && failed == 0;
     }
     Ok(well)
 }
 
 fn copies(count: u64) -> String {
     if count == 1 { "1 copy".into() } else { format!("{count} copies") }
-}
-
-/// How many copies wait for a backup.
-fn count(spool: &Spool, backup: &str) -> io::Result<u64> {
-    let mut reader = spool.reader(backup)?;
-    let mut count = 0;
-    loop {
-        let found = reader.read(1000)?.len();
-        count += found as u64;
-        if found < 1000 {
-            return Ok(count);
-        }
-    }
 }
 
 fn known<'a>(all: &'a [Destination], name: &str) -> io::Result<&'a Destination> {
@@ -218,13 +228,21 @@ pub fn retry(config: &Config, spool: &Arc<Spool>, order: &Retry) -> io::Result<b
     }
     let names = spool::names(&all);
     let ids = ids(&order.id)?;
-    let is_meant = |item: &Item| match order.all {
-        false => ids.contains(&item.entry.id),
-        true => item.part == Part::Failed || order.to.is_some() && !names.contains(&item.backup),
+    let is_meant = |item: &Item| {
+        let is_for = order.backup.as_ref().is_none_or(|backup| *backup == item.backup);
+        is_for
+            && match order.all {
+                false => ids.contains(&item.entry.id),
+                true => {
+                    let is_orphan = !names.contains(&item.backup);
+                    item.part == Part::Failed || order.to.is_some() && is_orphan
+                }
+            }
     };
     each(spool, &ids, is_meant, |item| {
         if order.to.is_none() && !names.contains(&item.backup) {
-            return Ok(format!("{} is no destination any more; use --to BACKUP", item.backup));
+            let backup = &item.backup;
+            return Err(wrong(format!("{backup} is no destination any more; use --to BACKUP")));
         }
         Ok(match spool.retry(item, order.to.as_deref())? {
             Done::Yes(id) => {
@@ -242,13 +260,13 @@ pub fn retry(config: &Config, spool: &Arc<Spool>, order: &Retry) -> io::Result<b
 /// # Errors
 /// As [`flush`].
 pub fn drop(spool: &Arc<Spool>, order: &Drop) -> io::Result<bool> {
-    if order.id.is_empty() {
-        return Err(wrong("drop: name the messages".into()));
+    if order.all != order.id.is_empty() || order.all && order.backup.is_none() {
+        return Err(wrong("drop: name the messages, or give --all and --backup".into()));
     }
     let ids = ids(&order.id)?;
     let is_meant = |item: &Item| {
         let is_for = order.backup.as_ref().is_none_or(|backup| *backup == item.backup);
-        is_for && ids.contains(&item.entry.id)
+        is_for && (order.all || ids.contains(&item.entry.id))
     };
     each(spool, &ids, is_meant, |item| {
         Ok(match spool.drop_item(item)? {
@@ -288,6 +306,9 @@ fn each(
         for item in spool.items(part)? {
             items.extend(Some(item?).filter(&is_meant));
         }
+    }
+    if items.is_empty() && ids.is_empty() {
+        println!("nothing to do");
     }
     for item in items {
         let id = item.entry.id;

@@ -56,7 +56,8 @@ impl User {
 /// # Errors
 /// A text that says which step failed.
 pub fn become_owner(path: &Path) -> Result<(), String> {
-    let failed = |error: &dyn std::fmt::Display| format!("{}: {error}", path.display());
+    let failed =
+        |error: &dyn std::fmt::Display| format!("relay.spool: {}: {error}", path.display());
     let about = std::fs::metadata(path).map_err(|error| failed(&error))?;
     let (uid, gid) = (Uid::from_raw(about.uid()), Gid::from_raw(about.gid()));
     if !Uid::effective().is_root() || uid.is_root() {

@@ -145,6 +145,7 @@ impl<'scope, 'env> Agents<'scope, 'env> {
             Err(failure) => {
                 if let Some(copy) = backup.give_back(copy, &failure) {
                     backup.hold(copy, &failure);
+                    backup.expire_old(&failure.to_string());
                 }
             }
         }

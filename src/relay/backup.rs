@@ -13,7 +13,7 @@
 
 mod stored;
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -132,6 +132,8 @@ struct State {
     deferred: BTreeMap<(Instant, u64), Copy>,
     /// Names the entries of `deferred` apart.
     serial: u64,
+    /// Delivered, though the spool could not be told.
+    delivered: HashSet<QueueId>,
     /// Being sent at this moment; true for those of the spool.
     in_flight: Vec<(QueueId, bool)>,
     hold: Option<Hold>,
@@ -181,6 +183,7 @@ impl Backup {
             is_reading: false,
             deferred: BTreeMap::new(),
             serial: 0,
+            delivered: HashSet::new(),
             in_flight: Vec::new(),
             hold: None,
             has_answered: false,
@@ -209,9 +212,7 @@ impl Backup {
     pub fn enqueue(&self, copy: Copy) -> Option<Leave> {
         let mut state = self.state();
         if let Some(why) = &state.given_up {
-            if !copy.is_stored() {
-                maillog::copy_lost(copy.message.id, &self.destination, why);
-            }
+            self.not_tried(copy.message.id, copy.is_stored(), why);
             return None;
         }
         if copy.is_stored() && (state.hold.is_some() || state.queue.len() >= MOST_HELD) {
@@ -427,12 +428,19 @@ impl Backup {
             maillog::backup_down(&self.destination, &why);
             self.hold_all(stored::ONE_PASS, failure);
         }
-        let queue = std::mem::take(&mut state.queue);
-        let lost = queue.iter().filter(|job| !job.is_stored()).map(Job::id);
-        for id in lost.chain(Some(copy.message.id).filter(|_| !copy.is_stored())) {
-            maillog::copy_lost(id, &self.destination, &why);
+        self.not_tried(copy.message.id, copy.is_stored(), &why);
+        for job in std::mem::take(&mut state.queue) {
+            self.not_tried(job.id(), job.is_stored(), &why);
         }
         state.given_up = Some(why);
+    }
+
+    /// A copy gets no attempt any more: the spool keeps it, or it is lost.
+    fn not_tried(&self, id: QueueId, is_stored: bool, why: &str) {
+        match is_stored {
+            true => maillog::copy_kept(id, &self.destination, why),
+            false => maillog::copy_lost(id, &self.destination, why),
+        }
     }
 
     /// It failed as a whole, and nothing is tried again.
@@ -471,7 +479,8 @@ impl Backup {
     pub fn close(&self) {
         let mut state = self.state();
         state.alive = None;
-        state.queue.retain(|job| !job.is_stored());
+        // The spool keeps them for others; one who comes for one client alone tries its own.
+        state.queue.retain(|job| !job.is_stored() || !self.plan.tries_again);
         // What waits for better times is tried once more, for there may be none.
         let now = Instant::now();
         if let Some(hold) = &mut state.hold {

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use nix::fcntl::{Flock, FlockArg};
+use nix::fcntl::Flock;
 
 use super::{Entry, Spool, create, sync_folder};
 use crate::message::QueueId;
@@ -45,9 +45,7 @@ impl Draft {
         backups: &Arc<[String]>,
     ) -> io::Result<Draft> {
         spool.has_room()?;
-        let path = spool.tmp().join(id.to_string());
-        let file = Flock::lock(create(&path, false)?, FlockArg::LockExclusiveNonblock)
-            .map_err(|(_, error)| error)?;
+        let (path, file) = spool.reserve(id)?;
         let header = header(envelope, backups);
         let mut draft = Draft {
             spool: Arc::clone(spool),
@@ -86,7 +84,7 @@ impl Draft {
     /// # Errors
     /// Those of the file system; `AlreadyExists` when there is a message of this name.
     pub fn address(&mut self) -> io::Result<()> {
-        let entry = Entry { hour: this_hour(), id: self.id };
+        let entry = Entry { hour: hour_of(SystemTime::now()), id: self.id };
         self.spool.ready_hour(entry)?;
         // Nobody else can be about to make it: they would need tmp/ID, which is ours.
         if self.spool.mail(entry).exists() {
@@ -180,9 +178,9 @@ fn header(envelope: &Envelope, backups: &[String]) -> Vec<u8> {
     header
 }
 
-/// The name of the folder for messages that are committed now.
-pub(super) fn this_hour() -> u32 {
-    let now = jiff::Timestamp::try_from(SystemTime::now()).unwrap_or_default();
+/// The name of the folder for messages that are committed at this time.
+pub(super) fn hour_of(time: SystemTime) -> u32 {
+    let now = jiff::Timestamp::try_from(time).unwrap_or_default();
     let now = now.to_zoned_datetime(jiff::tz::TimeZone::UTC);
     ((now.year() as u32 * 100 + now.month() as u32) * 100 + now.day() as u32) * 100
         + now.hour() as u32

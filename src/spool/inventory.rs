@@ -10,11 +10,11 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use nix::fcntl::{Flock, FlockArg};
+use nix::fcntl::Flock;
 
 use super::claim::{Claimed, Mail, Owed, open, read_mail, write_state};
-use super::draft::this_hour;
-use super::{Entry, MAIL, Spool, TO, create, ignore_missing, sync_folder};
+use super::draft::hour_of;
+use super::{Entry, MAIL, Spool, TO, ignore_missing, sync_folder};
 use crate::message::QueueId;
 
 /// Which part of the spool a copy lies in.
@@ -69,6 +69,23 @@ impl Spool {
         Owed::parse(&text)
     }
 
+    /// A copy of a message that was accepted: before that, it is not owed yet.
+    pub fn is_committed(&self, item: &Item) -> bool {
+        self.item_mail_path(item).exists()
+    }
+
+    /// How many copies for a backup lie in a part.
+    ///
+    /// # Errors
+    /// Those of readdir(3).
+    pub fn count(&self, part: Part, backup: &str) -> io::Result<u64> {
+        let mut count = 0;
+        for item in self.items(part)? {
+            count += u64::from(item?.backup == backup);
+        }
+        Ok(count)
+    }
+
     /// The message of a copy.
     ///
     /// # Errors
@@ -97,7 +114,7 @@ impl Spool {
         // Under another name when it is for somebody else: whom a message can be owed to is
         // written in it, and that list must hold for all that have its name.
         let id = if new.is_some() { QueueId::next() } else { item.entry.id };
-        let entry = Entry { hour: this_hour(), id };
+        let entry = Entry { hour: hour_of(SystemTime::now()), id };
         let backup = new.unwrap_or(&item.backup);
         // Others of the same message may be owed it still: it stays one copy.
         let twin = self.twin(id, backup)?;
@@ -115,10 +132,9 @@ impl Spool {
         let entry = twin.filter(|_| _twin.is_some()).map_or(entry, |twin| twin.entry);
         self.ready_hour(entry)?;
         // Nobody is to take what is being made for what a crash has left.
-        let mark = self.tmp().join(id.to_string());
-        let _mark = match create(&mark, false) {
+        let _mark = match self.reserve(id) {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => return Ok(Done::Busy),
-            made => Mark::new(mark, made?)?,
+            reserved => Mark(reserved?),
         };
         match fs::hard_link(self.item_mail_path(item), self.mail(entry)) {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
@@ -195,22 +211,12 @@ impl Spool {
 }
 
 /// A locked file in `tmp/`, as a writer has it, for as long as this is there.
-struct Mark {
-    path: PathBuf,
-    _lock: Flock<File>,
-}
-
-impl Mark {
-    fn new(path: PathBuf, file: File) -> io::Result<Mark> {
-        let lock = Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, e)| e)?;
-        Ok(Mark { path, _lock: lock })
-    }
-}
+struct Mark((PathBuf, Flock<File>));
 
 impl Drop for Mark {
     fn drop(&mut self) {
         // What stays is swept away.
-        let _ = fs::remove_file(&self.path);
+        let _ = fs::remove_file(&self.0.0);
     }
 }
 

@@ -198,6 +198,19 @@ impl Spool {
         Ok(())
     }
 
+    /// Makes `tmp/ID` and locks it: nobody else makes a message of this name meanwhile, or takes
+    /// what there is of it for the remains of a crash.
+    fn reserve(&self, id: QueueId) -> io::Result<(PathBuf, Flock<File>)> {
+        let path = self.tmp().join(id.to_string());
+        let file = create(&path, false)?;
+        let file = Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, e)| e)?;
+        // A sweep that came between the two has removed it, without the lock it would have lost.
+        match fs::symlink_metadata(&path) {
+            Ok(now) if now.ino() == file.metadata()?.ino() => Ok((path, file)),
+            _ => Err(io::Error::other("swept away while it was made")),
+        }
+    }
+
     /// Removes a message that is owed to nobody any more.
     fn settle(&self, entry: Entry, backups: &[String]) -> io::Result<()> {
         if backups.iter().any(|backup| self.copy(entry, backup).exists()) {

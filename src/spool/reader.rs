@@ -9,6 +9,7 @@ use std::io;
 use std::path::PathBuf;
 use std::time::SystemTime;
 
+use super::draft::hour_of;
 use super::{Entry, Spool, TO};
 use crate::message::QueueId;
 
@@ -37,6 +38,18 @@ impl Spool {
     /// Those of readdir(3).
     pub fn reader(&self, backup: &str) -> io::Result<Reader> {
         Ok(Reader { end: format!("{TO}{backup}"), hours: self.hours()?.into(), open: None })
+    }
+
+    /// A pass over those hours alone in which there are messages for which
+    /// `relay.retry_for_seconds` are over.
+    ///
+    /// # Errors
+    /// Those of readdir(3).
+    pub fn old(&self, backup: &str) -> io::Result<Reader> {
+        let mut reader = self.reader(backup)?;
+        let last = SystemTime::now().checked_sub(self.settings.retry_for).map_or(0, hour_of);
+        reader.hours.retain(|(hour, _)| *hour <= last);
+        Ok(reader)
     }
 
     /// The folders of the queue, oldest first. What is no hour is nothing of ours.

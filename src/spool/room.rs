@@ -58,14 +58,14 @@ impl Spool {
         match *used {
             Some((at, used)) if at.elapsed() < age => Ok(used),
             _ => {
-                let counted = self.count()?;
+                let counted = self.octets()?;
                 *used = Some((Instant::now(), counted));
                 Ok(counted)
             }
         }
     }
 
-    fn count(&self) -> io::Result<u64> {
+    fn octets(&self) -> io::Result<u64> {
         let hours = self.hours()?.into_iter().map(|(_, folder)| folder);
         let mut sum = 0;
         for folder in hours.chain([self.failed()]) {

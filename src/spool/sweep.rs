@@ -7,6 +7,7 @@ use std::time::{Duration, SystemTime};
 
 use nix::fcntl::{Flock, FlockArg};
 
+use super::claim::Owed;
 use super::{Entry, MAIL, Spool, TO, ignore_missing};
 use crate::message::QueueId;
 
@@ -51,9 +52,11 @@ impl Spool {
     /// Holds that are over: who wrote them may not be there to end them.
     fn sweep_holds(&self) -> io::Result<()> {
         for file in fs::read_dir(self.root.join("hold"))? {
-            let name = file?.file_name();
-            if name.to_str().is_some_and(|backup| self.held(backup).is_none()) {
-                ignore_missing(fs::remove_file(self.root.join("hold").join(&name)))?;
+            let path = file?.path();
+            let state = fs::read_to_string(&path).ok().and_then(|text| Owed::parse(&text));
+            // What says no time is nothing of ours.
+            if state.and_then(|state| state.next).is_some_and(|next| next <= SystemTime::now()) {
+                ignore_missing(fs::remove_file(path))?;
             }
         }
         Ok(())
@@ -72,7 +75,8 @@ impl Spool {
             if is_draft.is_none() && is_young {
                 continue;
             }
-            if Flock::lock(open, FlockArg::LockExclusiveNonblock).is_ok() {
+            // Removed while it is locked: its writer, if there is one, looks at it afterwards.
+            if let Ok(_lock) = Flock::lock(open, FlockArg::LockExclusiveNonblock) {
                 ignore_missing(fs::remove_file(&path))?;
             }
         }

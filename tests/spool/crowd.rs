@@ -238,7 +238,6 @@ fn the_oldest_hour_goes_first() {
 /// While the primary thinks about a message, its copies have their names already: whoever comes by
 /// must not take them for remains.
 #[test]
-#[ignore = "MAIL IS LOST: a pass takes the copies of an uncommitted message for damage"]
 fn a_message_that_waits_for_the_primary_is_left_alone_by_others() {
     let folder = Folder::new();
     let (gate, asked) = (Arc::new(Gate::default()), Arc::new(AtomicBool::new(false)));
@@ -276,7 +275,6 @@ fn a_message_that_waits_for_the_primary_is_left_alone_by_others() {
 
 /// A copy that another process works on is not forgotten when that one dies in the middle.
 #[test]
-#[ignore = "it takes the minute after which the spool is looked at again"]
 fn what_another_process_died_on_is_delivered() {
     let folder = Folder::new();
     let primary = Sink::start();

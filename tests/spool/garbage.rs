@@ -156,7 +156,6 @@ fn what_is_no_file_is_never_followed_and_blocks_nothing() {
 
 /// The line in the log says that it was put aside.
 #[test]
-#[ignore = "what stands in the place of a copy is not put aside, though the line says so"]
 fn what_is_no_file_is_put_aside() {
     let (folder, _, log) = survives(things);
     let damaged: Vec<_> = fs::read_dir(folder.path().join("damaged"))
@@ -205,7 +204,6 @@ fn foreign_files_are_left_alone() {
 /// A copy whose message was put aside is owed by nobody any more: it goes along, or each look at
 /// the spool finds it again.
 #[test]
-#[ignore = "the copies of a damaged message stay, and are an error line each minute until a start"]
 fn the_copies_of_a_damaged_message_go_along() {
     let folder = Folder::new();
     let (primary, backup) = (Sink::start(), Sink::refusing(SinkOptions::default()));
@@ -230,7 +228,6 @@ fn the_copies_of_a_damaged_message_go_along() {
 /// What a crash may leave, made by hand, is settled at the start; without a word of error, since
 /// nothing is wrong.
 #[test]
-#[ignore = "an agent may find a copy without a message before the sweep has removed it"]
 fn what_a_crash_leaves_is_no_error() {
     for _ in 0..10 {
         let (folder, _, log) = survives(|hour, copy| {
@@ -246,7 +243,6 @@ fn what_a_crash_leaves_is_no_error() {
 
 /// A message that is owed to nobody any more, and lies in `failed/` as well.
 #[test]
-#[ignore = "the sweep leaves a message alone that has a second name"]
 fn what_failed_does_not_stay_in_the_queue() {
     let (folder, ..) = survives(|hour, copy| {
         let failed = hour.parent().unwrap().parent().unwrap().join("failed");

@@ -127,7 +127,6 @@ fn nothing_is_committed_before_the_primary_has_accepted() {
 
 /// A copy that is refused goes to `failed/`, and only when it is safe there from `queue/`.
 #[test]
-#[ignore = "the file in failed/ is not fsynced before its rename: it may be empty after power loss"]
 fn what_failed_is_durable_before_it_leaves_the_queue() {
     let folder = Folder::new();
     let second = Sink::replying(|event| match event {
@@ -154,7 +153,6 @@ fn what_failed_is_durable_before_it_leaves_the_queue() {
 /// Two clients in the first moment of an hour: who finds the folder there, made by the other an
 /// instant ago, must not say 250 before its name is durable as well.
 #[test]
-#[ignore = "who finds a new hour's folder does not wait for the fsync of queue/ by who made it"]
 fn a_new_hour_is_durable_for_everybody() {
     if !strace::available() {
         return;

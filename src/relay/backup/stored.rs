@@ -106,6 +106,12 @@ impl Backup {
                 return Ok(None);
             }
         };
+        if self.state().delivered.contains(&entry.id) {
+            let backups = spool.load(entry)?.backups;
+            claim.delivered(&backups)?;
+            self.state().delivered.remove(&entry.id);
+            return Ok(None);
+        }
         if let Some(next) = claim.owed.next.filter(|_| !due_or_not)
             && let Ok(pause) = next.duration_since(SystemTime::now())
         {
@@ -215,10 +221,39 @@ impl Backup {
         }
     }
 
-    /// Nothing is owed of a copy any more.
+    /// Nothing is owed of a copy any more. One that cannot be removed is remembered: the backup
+    /// must not get it again and again.
     pub(super) fn remove_stored(&self, copy: &Copy) {
-        if let (Some(claim), Some(place)) = (&copy.claim, &copy.message.place) {
-            self.complain(claim.delivered(&place.backups));
+        if let (Some(claim), Some(place)) = (&copy.claim, &copy.message.place)
+            && let Err(error) = claim.delivered(&place.backups)
+        {
+            maillog::spool_unreadable(&self.destination, &error);
+            let mut state = self.state();
+            state.delivered.insert(copy.message.id);
+            state.wants_pass(Instant::now() + LOOK_AGAIN);
         }
+    }
+
+    /// Gives up what has waited for too long while the backup is down, for nobody tries it then.
+    pub fn expire_old(&self, why: &str) {
+        let Some(spool) = self.plan.spool.as_ref().filter(|_| self.plan.tries_again) else {
+            return;
+        };
+        let found = spool.old(&self.name).and_then(|mut reader| {
+            loop {
+                let found = reader.read(SLICE)?;
+                for Found { entry, .. } in &found {
+                    let Some(copy) = self.claim(Job::Stored(*entry), true) else { continue };
+                    match self.is_too_old(&copy) {
+                        true => self.expire(&copy, why),
+                        false => self.state().landed(entry.id),
+                    }
+                }
+                if found.len() < SLICE {
+                    return Ok(());
+                }
+            }
+        });
+        self.complain(found);
     }
 }
