@@ -43,14 +43,26 @@ fn flush(program: &Program, route: &Route) {
     assert!(output.status.success(), "{output:?}");
 }
 
+/// What lies in the spool, and in its folders for what is given up or broken.
+fn left(spool: &Path) -> Vec<PathBuf> {
+    let mut folders: Vec<_> = ["queue", "failed", "damaged"].map(|name| spool.join(name)).into();
+    let mut files = Vec::new();
+    while let Some(folder) = folders.pop() {
+        for path in fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()) {
+            if path.is_dir() { folders.push(path) } else { files.push(path) }
+        }
+    }
+    files
+}
+
 /// Each of the letters is there at least once: copies are.
 #[track_caller]
-fn assert_copies(sink: &Sink, count: usize) {
+fn assert_copies(sink: &Sink, count: usize, spool: &Path) {
     let arrived = by_id(sink);
     for number in 0..count {
         let letter = numbered(number);
         let found = arrived.get(&message_id(&letter));
-        let found = found.unwrap_or_else(|| panic!("copy {number} is lost"));
+        let found = found.unwrap_or_else(|| panic!("copy {number} is lost: {:?}", left(spool)));
         found.iter().for_each(|data| assert_is_letter(data, &letter));
     }
 }
@@ -62,13 +74,13 @@ fn no_copy_is_lost_with_the_child() {
         return;
     }
     let route = Route::start();
-    with_spool(&route);
+    let spool = with_spool(&route);
     route.sinks[2].close();
     let (hosted, count) = kill_under_load(route, |(_, child)| child);
     hosted.route.sinks[2].reopen();
     flush(&hosted.program, &hosted.route);
-    assert_copies(&hosted.route.sinks[1], count);
-    assert_copies(&hosted.route.sinks[2], count);
+    assert_copies(&hosted.route.sinks[1], count, &spool);
+    assert_copies(&hosted.route.sinks[2], count, &spool);
 }
 
 /// Old and new processes work on the same spool.
@@ -78,7 +90,8 @@ fn reloads_share_the_spool() {
         return;
     }
     let route = Route::start();
-    let relay = format!("spool: {}", with_spool(&route).display());
+    let spool = with_spool(&route);
+    let relay = format!("spool: {}", spool.display());
     let hosted = Hosted::start(route);
     let down = &hosted.route.sinks[2];
     let count = under_load(&hosted, || {
@@ -101,9 +114,10 @@ fn reloads_share_the_spool() {
     hosted.postfix.drain();
     hosted.stop();
     flush(&hosted.program, &hosted.route);
+    assert_eq!(left(&spool), [PathBuf::new(); 0]);
     assert_eq!(hosted.route.sinks[0].accepted(), count);
     for sink in &hosted.route.sinks {
-        assert_copies(sink, count);
+        assert_copies(sink, count, &spool);
     }
     assert_eq!(hosted.postfix.log(&["status=deferred", "/smtp["]), [""; 0]);
     assert_eq!(hosted.postfix.log(&["smtp-dup[", "status=lost"]), [""; 0]);
@@ -182,8 +196,8 @@ fn one_connection_a_process_leaves_copies_for_a_flush() {
 #[test]
 fn flushes_and_kills_among_many_processes() {
     inetd(Route::start(), "nowait.1000", "inetd", |service, _| {
-        with_spool(service.route);
         let route = service.route;
+        let spool = with_spool(route);
         thread::scope(|scope| {
             for sender in 0..4 {
                 scope.spawn(move || {
@@ -207,7 +221,7 @@ fn flushes_and_kills_among_many_processes() {
         for sink in &route.sinks {
             let copies = by_id(sink);
             let lost: Vec<_> = primary.keys().filter(|id| !copies.contains_key(*id)).collect();
-            assert!(lost.is_empty(), "of {} lost: {lost:?}", primary.len());
+            assert!(lost.is_empty(), "of {} lost: {lost:?}; {:?}", primary.len(), left(&spool));
         }
         assert_eq!(primary.len(), 80);
     });
