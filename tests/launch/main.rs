@@ -17,6 +17,7 @@ mod instance;
 mod letters;
 mod logging;
 mod master;
+mod master_confines;
 mod master_ends;
 mod master_refuses;
 mod one_session;

@@ -114,7 +114,7 @@ fn reloads_share_the_spool() {
     hosted.postfix.drain();
     hosted.stop();
     flush(&hosted.program, &hosted.route);
-    assert_eq!(left(&spool), [PathBuf::new(); 0]);
+    assert!(left(&spool).is_empty(), "{:?}", left(&spool));
     assert_eq!(hosted.route.sinks[0].accepted(), count);
     for sink in &hosted.route.sinks {
         assert_copies(sink, count, &spool);
@@ -216,7 +216,8 @@ fn flushes_and_kills_among_many_processes() {
             }
         });
         service.program.wait_gone(Duration::from_secs(40));
-        flush(service.program, route);
+        // What a process had not committed when it was killed stays for a while, and is nobody's.
+        flush_whatever(service);
         let primary = by_id(&route.sinks[0]);
         for sink in &route.sinks {
             let copies = by_id(sink);
