@@ -1,4 +1,5 @@
-# The targets are: build, small, test, test-small, check, demo, bench, install, install-postfix.
+# The targets are: build, small, test, test-small, soak, check, demo, bench, install,
+# install-postfix.
 
 PREFIX = /usr/local
 DESTDIR =
@@ -45,6 +46,10 @@ demo:
 	cargo build --bin smtp-dup --example sink --example send
 	@KEEP=$(KEEP) etc/demo.sh "$(CARGO_TARGET_DIR)/debug"
 
+# Ten minutes of mixed faults for the spool, with a ledger that must balance.
+soak: build
+	tests/soak "$(RELEASE)"
+
 bench:
 	cargo bench
 	benches/end-to-end
@@ -87,4 +92,4 @@ install-postfix: $(RELEASE)
 $(RELEASE):
 	cargo build --release
 
-.PHONY: build small test test-small check demo bench install install-postfix
+.PHONY: build small test test-small soak check demo bench install install-postfix

@@ -258,6 +258,11 @@ pub fn sweep_failed(failure: &std::io::Error) {
     error!("the spool (relay.spool) could not be cleared up: {failure}");
 }
 
+/// What earlier processes have left in the spool was looked through.
+pub fn spool_swept(copies: u64) {
+    info!("the spool was looked through: copies that are owed since before: {copies}");
+}
+
 /// What earlier processes have left in the spool.
 pub fn spool_has(backup: &str, copies: u64) {
     info!("relay={backup} is owed {copies} copies by the spool");

@@ -172,11 +172,14 @@ pub struct Store {
 fn sweep(spool: &Spool, config: &Config) {
     let names = spool::names(&config.backups);
     match spool.sweep(&names) {
-        Ok(census) => census.owed.iter().for_each(|(backup, copies)| {
-            let is_known = names.contains(backup) || *backup == config.primary.to_string();
-            let say = if is_known { maillog::spool_has } else { maillog::spool_orphans };
-            say(backup, *copies);
-        }),
+        Ok(census) => {
+            for (backup, copies) in &census.owed {
+                let is_known = names.contains(backup) || *backup == config.primary.to_string();
+                let say = if is_known { maillog::spool_has } else { maillog::spool_orphans };
+                say(backup, *copies);
+            }
+            maillog::spool_swept(census.owed.values().sum());
+        }
         Err(error) => maillog::sweep_failed(&error),
     }
 }

@@ -102,11 +102,12 @@ impl Master {
     /// left to wait for.
     ///
     /// # Errors
-    /// Those of socketpair(2), fork(2) and the channel to master.
+    /// Those of socketpair(2) and fork(2).
     pub fn split(self) -> io::Result<Role> {
         let (ours, childs) = UnixStream::pair()?;
-        self.tell(TAKEN)?;
-        self.tell(AVAILABLE)?;
+        // A channel that is closed already tells of a reload that came meanwhile: the keeper will
+        // find out, and leave to its successor what has not been accepted.
+        let _ = self.tell(TAKEN).and_then(|()| self.tell(AVAILABLE));
         // SAFETY: there is one thread only, so that the child finds no lock held by another.
         match unsafe { fork() }? {
             ForkResult::Child => Ok(Role::Child(self.listeners, Tie(childs))),
