@@ -120,6 +120,25 @@ fn a_reload_while_it_starts() {
     assert_eq!(hosted.postfix.log(&["throttling"]), [""; 0]);
 }
 
+/// Faster than any of them can start; what `postfix reload` does besides the signal takes longer.
+#[test]
+fn sixty_reloads_in_a_second() {
+    if !available() {
+        return;
+    }
+    let hosted = Hosted::start(Route::start());
+    let count = under_load(&hosted, || {
+        wait_for_more(&hosted);
+        for number in 0..60 {
+            assert!(kill("HUP", hosted.postfix.master()));
+            thread::sleep(Duration::from_millis(number % 7 * 5));
+        }
+        wait_for_more(&hosted);
+    });
+    hosted.assert_delivered(count);
+    assert_eq!(hosted.postfix.log(&["throttling"]), [""; 0]);
+}
+
 /// The old process has a transaction that takes its time; the new one does not wait for it.
 #[test]
 fn a_slow_transaction_does_not_hold_the_reload() {
