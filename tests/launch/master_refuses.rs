@@ -14,7 +14,7 @@ use tempfile::TempDir;
 use crate::common::{BOUND, Client, wait_until};
 use crate::instance::{Postfix, Setup, available};
 use crate::master::Hosted;
-use crate::program::{Program, binary};
+use crate::program::{Program, binary, user_and_group};
 use crate::{Route, USER, open_folder, write_config};
 
 /// Something wrong, and what has to be said about it.
@@ -49,7 +49,7 @@ fn mistakes() -> Vec<Mistake> {
         mistake(&usual, |folder| mode(folder, 0o664), &["config.yaml", "write"]),
         mistake(
             &usual,
-            |folder| chown(file(folder), Some(8), None).unwrap(),
+            |folder| chown(file(folder), Some(user_and_group("mail").0), None).unwrap(),
             &["config.yaml", "own"],
         ),
         mistake("user=nobody-at-all directory=FOLDER", |_| {}, &["user=", "nobody-at-all"]),

@@ -3,13 +3,14 @@
 
 use std::fs;
 use std::net::{SocketAddr, TcpListener};
-use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
+use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::Path;
+use std::process::Command;
 use std::time::Duration;
 
 use crate::common::{Client, run};
 use crate::instance::{can_run, command};
-use crate::program::{Launcher, Program, assert_runs_as, kill};
+use crate::program::{Launcher, Program, assert_runs_as, kill, user_and_group};
 use crate::{Route, USER, numbered, open_folder};
 
 /// A port that only root can have, and nobody has.
@@ -88,8 +89,16 @@ fn a_configuration_that_others_may_write() {
     mode(0o664);
     refused(&file, &["--user", USER], &["config.yaml", "write"]);
     mode(0o644);
-    chown(&file, Some(8), Some(8)).unwrap();
+    let (uid, gid) = user_and_group("mail");
+    chown(&file, Some(uid), Some(gid)).unwrap();
     refused(&file, &["--user", USER], &["config.yaml", "own"]);
+}
+
+/// The program, started by somebody who is not root.
+fn as_user(program: &Program) -> Command {
+    let mut command = command("setpriv");
+    command.args(["--reuid", USER, "--regid", USER, "--clear-groups"]).arg(program.path());
+    command
 }
 
 /// A group may write what does not concern root.
@@ -100,11 +109,10 @@ fn a_configuration_of_one_s_own_group() {
     }
     let (route, program) = (Route::start(), Program::copy());
     let file = route.config_file();
-    chown(&file, Some(1), Some(1)).unwrap();
+    let (uid, gid) = user_and_group(USER);
+    chown(&file, Some(uid), Some(gid)).unwrap();
     fs::set_permissions(&file, fs::Permissions::from_mode(0o664)).unwrap();
-    assert_eq!(fs::metadata(&file).unwrap().uid(), 1);
-    let mut command = command("setpriv");
-    command.args(["--reuid", "1", "--regid", "1", "--clear-groups"]).arg(program.path());
+    let mut command = as_user(&program);
     let launched = Launcher::start(command.arg("--config").arg(&file));
     launched.wait_log("starting smtp-dup ");
 }
@@ -127,8 +135,7 @@ fn user_without_root() {
         return;
     }
     let (route, program) = (Route::start(), Program::copy());
-    let mut command = command("setpriv");
-    command.args(["--reuid", "1", "--regid", "1", "--clear-groups"]).arg(program.path());
+    let mut command = as_user(&program);
     command.arg("--config").arg(route.config_file()).args(["--user", "mail"]);
     let mut launched = Launcher::start(&mut command);
     assert!(!launched.wait_exit(Duration::from_secs(20)).success());

@@ -33,6 +33,8 @@ pub fn can_run(programs: &[&str]) -> bool {
     let is_there = |name: &str| FOLDERS.split(':').any(|dir| Path::new(dir).join(name).exists());
     let lacking = if let Some(name) = programs.iter().find(|name| !is_there(name)) {
         format!("{name} is not installed")
+    } else if programs.contains(&"unshare") && !has_namespaces() {
+        "this may make no namespaces".into()
     } else if !fs::metadata("/proc/self").is_ok_and(|me| me.uid() == 0) {
         "this needs root".into()
     } else {
@@ -44,6 +46,14 @@ pub fn can_run(programs: &[&str]) -> bool {
     let notice = format!("{test} SKIPPED, NOT TESTED: {lacking}\n");
     io::stderr().write_all(notice.as_bytes()).unwrap();
     false
+}
+
+/// Containers often may not, even as root.
+fn has_namespaces() -> bool {
+    command("unshare")
+        .args(["--mount", "true"])
+        .output()
+        .is_ok_and(|output| output.status.success())
 }
 
 /// A loopback address that nobody listens on, for programs that cannot be told to pick one. Below
