@@ -127,12 +127,27 @@ fn a_signal_does_not_cut_a_transaction() {
     });
 }
 
-/// Without the word `inetd`: it sees the socket.
+/// Nobody waits for a client that has nothing to say.
+#[test]
+fn a_signal_ends_an_idle_session() {
+    nowait(|service| {
+        let mut client = Client::ready(service.address);
+        assert!(kill("TERM", service.program.wait_pids(1)[0]));
+        client.expect_reply(421);
+        client.closed();
+        service.program.wait_gone(Duration::from_secs(5));
+    });
+}
+
+/// Without the word `inetd`: it sees the socket. One client needs one thread, until there is a
+/// copy to send.
 #[test]
 fn a_connected_socket_is_seen() {
     inetd(Route::start(), "nowait", "", |service, _| {
         let mut client = Client::ready(service.address);
-        assert_runs_as(service.program.wait_pids(1)[0], USER, USER);
+        let pid = service.program.wait_pids(1)[0];
+        assert_runs_as(pid, USER, USER);
+        assert_eq!(fs::read_dir(format!("/proc/{pid}/task")).unwrap().count(), 1);
         let reply = client.message("a@sender.test", &["b@example.com"], &numbered(0));
         assert_eq!(reply.code, 250, "{reply:?}");
         client.expect("QUIT", 221);
