@@ -6,6 +6,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+
 use crate::common::{Action, Client, Event, SinkOptions, wait_until};
 use crate::program::{Program, kill};
 use crate::{Gate, Route, numbered, write_config};
@@ -33,6 +35,9 @@ pub fn many_at_once(service: &Service, count: usize) {
     // Starting hundreds of processes on a few cores takes a while.
     let patience = Duration::from_secs(100);
     let greeted = AtomicUsize::new(0);
+    // Their connections to us and ours to them are more than a process may have by default.
+    let (_, most) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+    setrlimit(Resource::RLIMIT_NOFILE, most, most).unwrap();
     thread::scope(|scope| {
         for number in 0..count {
             let greeted = &greeted;

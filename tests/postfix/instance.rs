@@ -6,10 +6,11 @@
 
 use std::fmt::Write as _;
 use std::io::Write as _;
-use std::net::{SocketAddr, TcpListener};
+use std::net::{SocketAddr, TcpListener, UdpSocket};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::{Duration, Instant};
 use std::{env, fs, io, thread};
@@ -58,12 +59,19 @@ fn has_namespaces() -> bool {
 
 /// A loopback address that nobody listens on, for programs that cannot be told to pick one. Below
 /// the range that the kernel hands out, so that no outgoing connection takes it meanwhile.
+///
+/// The port's number is this process's until it ends, by a socket of UDP: that the TCP port is free
+/// now says little, for Postfix shares ports, so that another test process could be on it later.
 pub fn free_address() -> SocketAddr {
     static NEXT: AtomicU16 = AtomicU16::new(0);
+    static OURS: Mutex<Vec<UdpSocket>> = Mutex::new(Vec::new());
     loop {
         let step = NEXT.fetch_add(1, Ordering::Relaxed) + (std::process::id() % 9000) as u16;
         let address = SocketAddr::from(([127, 0, 0, 1], 12000 + step % 20000));
-        if TcpListener::bind(address).is_ok() {
+        if let Ok(number) = UdpSocket::bind(address)
+            && TcpListener::bind(address).is_ok()
+        {
+            OURS.lock().unwrap().push(number);
             return address;
         }
     }
