@@ -10,7 +10,7 @@ use std::time::Instant;
 use log::{Level, debug, error, info, log, warn};
 
 use crate::config::Config;
-use crate::message::QueueId;
+use crate::message::{QueueId, Scratch};
 use crate::relay::connection::{Failure, delay};
 use crate::relay::destination::Destination;
 use crate::smtp::envelope::{Envelope, Path};
@@ -40,6 +40,14 @@ pub fn starting(config: &Config, listen: &[SocketAddr], is_for_one: bool) {
 /// Something in the configuration that is odd but not wrong.
 pub fn configuration(what: &str) {
     warn!("{}", one_line(what));
+}
+
+/// Big bodies have no place while they are here.
+pub fn scratch_unusable(place: &Scratch, failure: &std::io::Error) {
+    warn!(
+        "temporary files cannot be made in {place} (TMPDIR): {failure}; without a spool, copies of \
+         messages over 256 KiB are lost"
+    );
 }
 
 /// The limit on open files does not do for all connections that the configuration allows.

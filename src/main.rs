@@ -15,8 +15,8 @@ use smtp_dup::config::Config;
 use smtp_dup::launch::master::{self, Master, Role, Tie};
 use smtp_dup::launch::privileges::{User, become_owner, confine, inside};
 use smtp_dup::launch::signals::Signals;
-use smtp_dup::launch::{Clients, Launch, addresses, listener, systemd};
-use smtp_dup::logger::{self, Place};
+use smtp_dup::launch::{Clients, Launch, addresses, inherited, listener, systemd};
+use smtp_dup::logger::{self, Place, Target};
 use smtp_dup::message::Scratch;
 use smtp_dup::server::Store;
 use smtp_dup::spool::Spool;
@@ -60,14 +60,15 @@ fn by_hand(words: &[String]) -> ExitCode {
         Ok(launch) => launch,
         Err(what) => return refuse(Launch::ALONE, &what),
     };
-    let loaded = arguments.and_then(|arguments| {
-        if arguments.command.is_some() && !matches!(launch.clients, Some(Clients::One(_))) {
-            return Err("inetd: standard input is no connection of a client; this is for inetd, \
-                        spawn(8) and the like to start"
-                .into());
-        }
-        load(&arguments, &launch)
-    });
+    let has_client = matches!(launch.clients, Some(Clients::One(_)));
+    if arguments.as_ref().is_ok_and(|arguments| arguments.command.is_some()) && !has_client {
+        let is_heard = inherited::stderr_is_stdin();
+        let log = if is_heard { Place::syslog() } else { launch.log };
+        let why = "inetd: standard input is no connection of a client; this is for inetd, \
+                   spawn(8) and the like to start";
+        return refuse(Launch { clients: launch.clients, log }, why);
+    }
+    let loaded = arguments.and_then(|arguments| load(&arguments, &launch));
     match loaded {
         Ok((config, warnings, user)) => {
             open_log(&config, launch.log);
@@ -166,7 +167,13 @@ fn serve(config: &Config, clients: Option<Clients>, user: Option<&User>) -> Exit
     };
     let clients = match clients {
         Ok(clients) => clients,
-        Err(what) => return ended(Err(what)),
+        Err(what) => {
+            // The configuration may name a log that nobody keeps.
+            if config.log_target == Target::Syslog {
+                eprintln!("smtp-dup: {what}");
+            }
+            return ended(Err(what));
+        }
     };
     // What root, or the configuration, has to put right is no failure that passes.
     let spool = match confine(user, None).and_then(|()| open_spool(config)) {

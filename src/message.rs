@@ -81,6 +81,14 @@ impl Scratch {
         inside(root, &folder).map(Scratch::Folder).map_err(|what| format!("TMPDIR: {what}"))
     }
 
+    /// Tries whether a file can be had.
+    ///
+    /// # Errors
+    /// Those of open(2).
+    pub fn try_out(&self) -> io::Result<()> {
+        self.file().map(drop)
+    }
+
     fn file(&self) -> io::Result<File> {
         match self {
             Scratch::Folder(folder) => tempfile::tempfile_in(folder),

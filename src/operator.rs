@@ -304,7 +304,8 @@ fn each(
     let mut items: Vec<Item> = Vec::new();
     for part in [Part::Failed, Part::Queue] {
         for item in spool.items(part)? {
-            items.extend(Some(item?).filter(&is_meant));
+            let is_owed = |item: &Item| is_meant(item) && spool.is_committed(item);
+            items.extend(Some(item?).filter(is_owed));
         }
     }
     if items.is_empty() && ids.is_empty() {

@@ -79,6 +79,11 @@ pub fn run(
 
     let addresses = clients.addresses();
     maillog::starting(config, &addresses, is_one);
+    // Not in a process for one client, which has no time for what may never be needed.
+    if !is_one && !config.backups.is_empty() {
+        let tried = store.scratch.try_out();
+        tried.unwrap_or_else(|error| maillog::scratch_unusable(&store.scratch, &error));
+    }
     let files = descriptors::for_copies(config).unwrap_or_else(|(needed, limit)| {
         maillog::few_descriptors(needed, limit);
         0

@@ -12,7 +12,7 @@ use nix::errno::Errno;
 use nix::sys::socket::{
     AddressFamily, SockType, SockaddrLike, SockaddrStorage, getsockname, getsockopt, sockopt,
 };
-use nix::sys::stat::fstat;
+use nix::sys::stat::{SFlag, fstat};
 use nix::unistd::{dup2_stderr, dup2_stdin, dup2_stdout};
 use std::os::fd::AsRawFd;
 
@@ -90,9 +90,17 @@ pub struct Stdin {
     pub has_stderr: bool,
 }
 
-/// Standard input is a TCP socket.
-pub fn stdin_is_socket() -> bool {
-    kind(io::stdin().as_fd()).is_some()
+/// Standard error is whatever socket standard input is: who is at its other end may be a client.
+pub fn stderr_is_stdin() -> bool {
+    let (stdin, stderr) = (fstat(io::stdin()), fstat(io::stderr()));
+    match (stdin, stderr) {
+        (Ok(stdin), Ok(stderr)) => {
+            let is_socket =
+                SFlag::from_bits_truncate(stdin.st_mode) & SFlag::S_IFMT == SFlag::S_IFSOCK;
+            is_socket && (stdin.st_dev, stdin.st_ino) == (stderr.st_dev, stderr.st_ino)
+        }
+        _ => false,
+    }
 }
 
 /// Takes the socket out of fd 0, and out of 1 and 2 where they lead to it as well: /dev/null

@@ -5,7 +5,7 @@
 
 use std::ffi::CString;
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use nix::unistd::{
     Gid, Group, Uid, User as Entry, chdir, chroot, initgroups, setgid, setgroups, setuid,
@@ -96,8 +96,11 @@ pub fn confine(user: Option<&User>, root: Option<&Path>) -> Result<(), String> {
 /// A folder as a process sees it that has `root` for its root.
 ///
 /// # Errors
-/// A text, when the folder is not below it.
+/// A text, when the folder is not below it, or cannot be told to be.
 pub fn inside(root: &Path, folder: &Path) -> Result<PathBuf, String> {
+    if folder.components().any(|part| part == Component::ParentDir) {
+        return Err(format!("{}: write it without ..", folder.display()));
+    }
     match folder.strip_prefix(root) {
         Ok(inside) => Ok(Path::new("/").join(inside)),
         Err(_) => Err(format!(

@@ -74,14 +74,15 @@ impl Spool {
         self.item_mail_path(item).exists()
     }
 
-    /// How many copies for a backup lie in a part.
+    /// How many copies of accepted messages for a backup lie in a part.
     ///
     /// # Errors
     /// Those of readdir(3).
     pub fn count(&self, part: Part, backup: &str) -> io::Result<u64> {
         let mut count = 0;
         for item in self.items(part)? {
-            count += u64::from(item?.backup == backup);
+            let item = item?;
+            count += u64::from(item.backup == backup && self.is_committed(&item));
         }
         Ok(count)
     }

@@ -106,7 +106,9 @@ impl Spool {
         let root = settings.folder.clone();
         let wrong = |what: String| format!("relay.spool: {}: {what}", root.display());
         let failed = |error: io::Error| wrong(error.to_string());
-        make_folder(&root).map_err(failed)?;
+        make_folder(&root).map_err(|error| {
+            wrong(format!("{error}; make it, with mode 700, for the user that smtp-dup runs as"))
+        })?;
         let folder = fs::metadata(&root).map_err(failed)?;
         let (owner, user) = (Uid::from_raw(folder.uid()), Uid::effective());
         if owner != user {

@@ -83,6 +83,24 @@ fn from_postfix(service: &Service) {
     assert_eq!(postfix.log(&["status=deferred"]), [""; 0]);
 }
 
+/// Whatever kind of socket it is, nothing but SMTP goes to whoever is at its other end.
+#[test]
+fn a_unix_socket_hears_nothing() {
+    use std::io::Read;
+    use std::os::fd::OwnedFd;
+    use std::os::unix::net::UnixStream;
+    let (mut ours, theirs) = UnixStream::pair().unwrap();
+    let copy = || std::process::Stdio::from(OwnedFd::from(theirs.try_clone().unwrap()));
+    let mut command = Command::new(crate::program::binary());
+    command.arg("inetd").stdin(copy()).stdout(copy()).stderr(copy());
+    let mut child = command.spawn().unwrap();
+    drop((command, theirs));
+    let mut heard = String::new();
+    ours.read_to_string(&mut heard).unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(2));
+    assert_eq!(heard, "");
+}
+
 #[test]
 fn mail_through_inetd() {
     if can_run(&["postfix"]) {

@@ -130,6 +130,20 @@ fn a_temporary_folder_outside_of_the_chroot() {
     hosted.postfix.wait_log(1, &["/master[", "exit status "]);
 }
 
+/// A path that leaves the chroot again names one folder inside, and another outside.
+#[test]
+fn a_spool_that_climbs_out_of_the_chroot() {
+    if !available() {
+        return;
+    }
+    let hosted = Hosted::entry(Route::start(), "n - y - 1", &format!("user={USER}"));
+    let spool = hosted.postfix.path("spool/../elsewhere");
+    hosted.route.configure("", &format!("spool: {}", spool.display()));
+    let _client = Client::connect(hosted.service());
+    hosted.postfix.wait_log(1, &["postfix/smtp-dup[", "]: error: ", "relay.spool", "without .."]);
+    hosted.postfix.wait_log(1, &["/master[", "exit status "]);
+}
+
 /// A mistake that a reload brings is said; once it is mended, another reload serves.
 #[test]
 fn a_mistake_is_mended_by_a_reload() {

@@ -10,8 +10,8 @@ use std::time::Duration;
 
 use crate::common::{Client, run};
 use crate::instance::{can_run, command};
-use crate::program::{Launcher, Program, assert_runs_as, kill, user_and_group};
-use crate::{Route, USER, numbered, open_folder};
+use crate::program::{Launcher, Program, assert_runs_as, binary, kill, user_and_group};
+use crate::{Route, USER, numbered, open_folder, write_config};
 
 /// A port that only root can have, and nobody has.
 fn low_port() -> SocketAddr {
@@ -20,6 +20,29 @@ fn low_port() -> SocketAddr {
     let addresses = ports.map(|port| SocketAddr::from(([127, 0, 0, 1], port)));
     let is_free = |address: &SocketAddr| TcpListener::bind(address).is_ok();
     addresses.into_iter().find(is_free).expect("a free port below 1024")
+}
+
+/// The log may be where nobody is; whoever started it by hand hears all the same.
+#[test]
+fn a_failure_is_said_where_syslog_is_not() {
+    if !can_run(&["unshare"]) {
+        return;
+    }
+    let route = Route::start();
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let listen = format!("listen: \"{}\"", taken.local_addr().unwrap());
+    let yaml = route.yaml(&listen, "") + "log:\n  target: syslog\n";
+    write_config(route.folder(), &yaml);
+    // A /dev without log in it.
+    let script = format!(
+        "mount -t tmpfs none /dev && exec {} --config {}",
+        binary().display(),
+        route.config_file().display()
+    );
+    let output = command("unshare").args(["-m", "sh", "-c", &script]).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    assert!(said.contains("smtp.listen") && said.contains("stop what listens"), "{said}");
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! The end of the process: what SIGTERM and SIGINT do to sessions, transactions and copies.
+//! The end of the process: what SIGTERM, SIGINT and SIGHUP do to sessions, transactions and copies.
 //!
 //! Upper bounds here are far above what is needed and far below the time limit that would be
 //! waited for by mistake; each test sets its limits so that there is such a place between.
@@ -6,6 +6,8 @@
 use std::net::TcpStream;
 use std::thread;
 use std::time::{Duration, Instant};
+
+use nix::libc;
 
 use crate::common::*;
 
@@ -35,7 +37,7 @@ fn ends_well(dup: &Dup, within: Duration) {
 
 #[test]
 fn nothing_to_do_is_an_end_at_once() {
-    for signal in [Signal::Term, Signal::Int] {
+    for signal in [Signal::Term, Signal::Int, Signal::Hup] {
         let (primary, backup) = (Sink::start(), Sink::start());
         let dup = dup(&primary, &[&backup], 60);
         let mut client = Client::ready(dup.addr());
@@ -68,6 +70,41 @@ fn listeners_close_at_once() {
         assert_eq!(client.body(BODY).code, 250);
         ends_well(&dup, Duration::from_secs(10));
     }
+}
+
+/// A terminal that closes costs no copy without a word.
+#[test]
+fn a_hang_up_names_what_is_lost() {
+    let (primary, backup) = (Sink::start(), Sink::refusing(SinkOptions::default()));
+    let dup = dup(&primary, &[&backup], 1);
+    let mut client = Client::ready(dup.addr());
+    assert_eq!(client.message(FROM, &[TO], BODY).code, 250);
+    dup.wait_log("is down");
+    dup.signal(Signal::Hup);
+    ends_well(&dup, Duration::from_secs(20));
+    assert_eq!(dup.log_lines("status=lost").len(), 1, "{}", dup.log());
+    assert_eq!(dup.log_lines("stopping on SIGHUP").len(), 1, "{}", dup.log());
+}
+
+/// nohup(1) is for programs that are to stay.
+#[test]
+fn a_hang_up_that_is_ignored_ends_nothing() {
+    let primary = Sink::start();
+    let ignore = |command: &mut std::process::Command| {
+        use std::os::unix::process::CommandExt;
+        // SAFETY: signal(2) may be called between fork and exec.
+        unsafe {
+            command.pre_exec(|| {
+                libc::signal(libc::SIGHUP, libc::SIG_IGN);
+                Ok(())
+            });
+        }
+    };
+    let dup = Dup::start_with(ignore, &config(primary.addr(), &[], "", ""));
+    dup.signal(Signal::Hup);
+    let mut client = Client::ready(dup.addr());
+    assert_eq!(client.message(FROM, &[TO], BODY).code, 250);
+    assert!(dup.log_lines("stopping").is_empty(), "{}", dup.log());
 }
 
 #[test]
