@@ -12,7 +12,7 @@ use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread::{self, Builder, Scope};
+use std::thread::{self, Builder, Scope, ScopedJoinHandle};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::bounded;
@@ -40,6 +40,9 @@ use crate::spool::{self, Spool};
 /// How long a client waits for a worker before it is turned away: a 421 makes Postfix hold back
 /// all mail for this destination, a moment of waiting does not.
 const WORKER_WAIT: Duration = Duration::from_secs(5);
+
+/// How often a flush looks whether its passes are over.
+const FLUSH_LOOK: Duration = Duration::from_millis(20);
 
 /// How long accept(2) is left alone after it failed, mostly for want of descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
@@ -160,6 +163,16 @@ pub fn flush(
             Builder::new().stack_size(STACK).spawn_scoped(scope, pass)
         };
         let threads: Vec<_> = backups.iter().map(one_pass).collect();
+        // A signal ends the passes, and gives what is under way its grace.
+        let is_at_work = |thread: &io::Result<ScopedJoinHandle<_>>| {
+            thread.as_ref().is_ok_and(|thread| !thread.is_finished())
+        };
+        while threads.iter().any(is_at_work) {
+            if signals.came() {
+                shutdown.drain();
+            }
+            thread::sleep(FLUSH_LOOK);
+        }
         let defect = || io::Error::other("a defect of smtp-dup ended this");
         threads.into_iter().map(|thread| thread?.join().map_err(|_| defect())?).collect()
     })

@@ -80,7 +80,7 @@ impl<'scope, 'env> Agents<'scope, 'env> {
     }
 
     /// One pass over what the spool has for a backup, due or not, on this thread. Gives how many
-    /// copies were tried; it ends early when the backup fails as a whole.
+    /// copies were tried; it ends early when the backup fails as a whole, or a signal comes.
     ///
     /// # Errors
     /// Those of reading the spool.
@@ -93,7 +93,7 @@ impl<'scope, 'env> Agents<'scope, 'env> {
                 self.attempt(backup, copy, &mut connection);
                 tried += 1;
             }
-            if backup.is_given_up() {
+            if backup.is_given_up() || self.shutdown.dismisses(true) {
                 return Ok(tried);
             }
         }

@@ -300,3 +300,51 @@ fn what_another_process_died_on_is_delivered() {
     folder.wait_empty();
     end(&two);
 }
+
+/// An administrator who has seen enough of a flush: the copy that is under way has its time, and
+/// all stay owed.
+#[test]
+fn a_flush_ends_when_it_is_told_to() {
+    let folder = Folder::new();
+    let (primary, refusing) = (Sink::start(), Sink::refusing(SinkOptions::default()));
+    let dup = folder.start(&primary, &[&refusing]);
+    send_many(&dup, 1, 8);
+    kill(dup);
+    // Takes each message and never says so.
+    let silent = Sink::replying(|event| match event {
+        Event::EndOfData(_) => Action::Silence,
+        _ => Action::Default,
+    });
+    let yaml = folder.config(&primary, &[&silent], "timeout_seconds: 2");
+    let old = format!(".to.{}", refusing.addr());
+    for file in folder.files("queue").iter().filter(|file| file.ends_with(&old)) {
+        let path = folder.path().join("queue").join(file);
+        let new = file.replace(&old, &format!(".to.{}", silent.addr()));
+        std::fs::rename(&path, folder.path().join("queue").join(new)).unwrap();
+    }
+    let place = tempfile::tempdir().unwrap();
+    let mut flush = command(&place, Some(&yaml)).arg("flush").spawn().unwrap();
+    silent.wait_for("a message", |silent| !silent.attempts().is_empty());
+    let term = format!("kill -TERM {}", flush.id());
+    assert!(std::process::Command::new("sh").args(["-c", &term]).status().unwrap().success());
+    let ended = wait_until_ended(&mut flush);
+    assert_eq!(ended.code(), Some(1), "some are left");
+    assert_eq!(ids(&folder.files("queue")).len(), 8);
+}
+
+/// Kills what does not end, so that nothing is left behind by a test that fails.
+#[track_caller]
+fn wait_until_ended(child: &mut std::process::Child) -> std::process::ExitStatus {
+    let end = std::time::Instant::now() + BOUND;
+    loop {
+        if let Some(status) = child.try_wait().unwrap() {
+            return status;
+        }
+        if std::time::Instant::now() > end {
+            child.kill().unwrap();
+            child.wait().unwrap();
+            panic!("it does not end");
+        }
+        thread::sleep(Duration::from_millis(10));
+    }
+}
