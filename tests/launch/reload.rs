@@ -101,10 +101,10 @@ fn ten_reloads_under_load() {
 /// reload came: not after the minute for which master(8) leaves alone what fails early.
 #[test]
 fn a_reload_while_it_starts() {
-    if !available() {
+    if !can_run(&["postfix", "unshare"]) {
         return;
     }
-    let hosted = Hosted::start(Route::start());
+    let (hosted, syslog) = start_with_syslog();
     for step in 0..40 {
         let mut client = Client::connect(hosted.service());
         thread::sleep(Duration::from_micros(250 * step));
@@ -118,28 +118,16 @@ fn a_reload_while_it_starts() {
         let is_known = |pid: &u32| parent_of(*pid) == Some(master);
         wait_until("no process", || !hosted.program.pids().iter().any(is_known));
     }
-    assert_eq!(hosted.postfix.log(&["throttling"]), [""; 0]);
+    assert_eq!(syslog.lines("throttling"), [""; 0]);
 }
 
 /// Faster than any of them can start; what `postfix reload` does besides the signal takes longer.
-/// With syslog, since Postfix's own postlogd(8) may come to wait for itself in such a storm, and
-/// all of Postfix for it.
 #[test]
 fn sixty_reloads_in_a_second() {
     if !can_run(&["postfix", "unshare"]) {
         return;
     }
-    let (route, syslog) = (Route::start(), Syslog::start());
-    let folder = route.folder().display().to_string();
-    let entry =
-        |address| format!("{address} inet n - n - 1 smtp-dup user={USER} directory={folder}");
-    let setup = Setup {
-        settings: "maillog_file =",
-        services: Some(&entry),
-        prefix: syslog.prefix(),
-        ..Setup::default()
-    };
-    let hosted = Hosted::with(route, setup);
+    let (hosted, syslog) = start_with_syslog();
     let count = under_load(&hosted, || {
         wait_for_more(&hosted);
         for number in 0..60 {
@@ -151,6 +139,22 @@ fn sixty_reloads_in_a_second() {
     hosted.assert_delivered(count);
     assert_eq!(syslog.lines("status=deferred"), [""; 0]);
     assert_eq!(syslog.lines("throttling"), [""; 0]);
+}
+
+/// For a storm of reloads: Postfix's own postlogd(8), which is reloaded with the others, may come
+/// to wait for itself in one, and all of Postfix for it.
+fn start_with_syslog() -> (Hosted, Syslog) {
+    let (route, syslog) = (Route::start(), Syslog::start());
+    let folder = route.folder().display().to_string();
+    let entry =
+        |address| format!("{address} inet n - n - 1 smtp-dup user={USER} directory={folder}");
+    let setup = Setup {
+        settings: "maillog_file =",
+        services: Some(&entry),
+        prefix: syslog.prefix(),
+        ..Setup::default()
+    };
+    (Hosted::with(route, setup), syslog)
 }
 
 /// The old process has a transaction that takes its time; the new one does not wait for it.
