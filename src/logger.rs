@@ -1,4 +1,5 @@
-//! Where log lines go: stderr, the journal, syslog, or the postlogd(8) of a Postfix.
+//! Where log lines go: stderr, the journal, syslog, or the postlogd(8) of a Postfix, and syslog
+//! when that is gone.
 //!
 //! `main` calls [`start`] once, as soon as it knows the place; `maillog` writes the lines through
 //! the `log` crate. Logging never holds up mail: datagrams that are not taken at once wait in
@@ -135,12 +136,12 @@ impl Sink {
         match place {
             Place::Stderr if is_journal() => Sink::Journal,
             Place::Stderr => Sink::Stderr,
-            Place::Syslog { tag } => {
-                Sink::Datagrams(Datagrams::open(vec![SYSLOG.into()], Header::Syslog { tag }))
-            }
+            Place::Syslog { tag } => Sink::Datagrams(Datagrams::syslog(tag)),
             Place::Postlog { sockets, host, tag } => {
+                let instead = Some(Datagrams::syslog(tag.clone()));
                 let zone = jiff::tz::TimeZone::system();
-                Sink::Datagrams(Datagrams::open(sockets, Header::Postlog { host, tag, zone }))
+                let header = Header::Postlog { host, tag, zone };
+                Sink::Datagrams(Datagrams::open(sockets, header, instead))
             }
         }
     }
@@ -165,9 +166,10 @@ impl Sink {
                 text.split('\n').for_each(|line| lines += &format!("<{priority}>{mark}{line}\n"));
             }
             Sink::Datagrams(datagrams) => {
-                return text
-                    .split('\n')
-                    .for_each(|line| datagrams.write(level, &format!("{mark}{line}")));
+                let time = SystemTime::now();
+                return text.split('\n').for_each(|line| {
+                    datagrams.write(Line { level, time, text: format!("{mark}{line}") })
+                });
             }
         }
         let _ = nix::unistd::write(io::stderr(), lines.as_bytes());
@@ -194,6 +196,13 @@ fn priority(level: Level) -> u8 {
     }
 }
 
+/// A line before it has its header.
+struct Line {
+    level: Level,
+    time: SystemTime,
+    text: String,
+}
+
 /// What stands before the text of a datagram.
 enum Header {
     /// No time: every syslogd puts its own.
@@ -203,12 +212,14 @@ enum Header {
 }
 
 impl Header {
-    fn line(&self, level: Level, text: &str) -> String {
+    fn datagram(&self, Line { level, time, text }: &Line) -> String {
         let pid = std::process::id();
         match self {
-            Header::Syslog { tag } => format!("<{}>{tag}[{pid}]: {text}", MAIL | priority(level)),
+            Header::Syslog { tag } => format!("<{}>{tag}[{pid}]: {text}", MAIL | priority(*level)),
             Header::Postlog { host, tag, zone } => {
-                let time = jiff::Timestamp::now().to_zoned_datetime(zone.clone());
+                // Fails for times that no calendar has.
+                let time = jiff::Timestamp::try_from(*time).unwrap_or_default();
+                let time = time.to_zoned_datetime(zone.clone());
                 format!("{} {host} {tag}[{pid}]: {text}", time.strftime("%b %e %H:%M:%S"))
             }
         }
@@ -224,6 +235,8 @@ impl Header {
 struct Datagrams {
     paths: Vec<PathBuf>,
     header: Header,
+    /// For what has no receiver here.
+    instead: Option<Arc<Datagrams>>,
     queue: Mutex<Queue>,
     /// The queue has become empty.
     emptied: Condvar,
@@ -233,7 +246,7 @@ struct Datagrams {
 struct Queue {
     socket: Option<UnixDatagram>,
     /// Oldest first.
-    waiting: VecDeque<String>,
+    waiting: VecDeque<Line>,
     octets: usize,
     /// A thread sends what waits.
     has_thread: bool,
@@ -242,23 +255,35 @@ struct Queue {
 }
 
 impl Datagrams {
-    fn open(paths: Vec<PathBuf>, header: Header) -> Arc<Datagrams> {
+    fn open(
+        paths: Vec<PathBuf>,
+        header: Header,
+        instead: Option<Arc<Datagrams>>,
+    ) -> Arc<Datagrams> {
         let queue = Queue { socket: connect(&paths).ok(), ..Queue::default() };
-        Arc::new(Datagrams { paths, header, queue: Mutex::new(queue), emptied: Condvar::new() })
+        let (queue, emptied) = (Mutex::new(queue), Condvar::new());
+        Arc::new(Datagrams { paths, header, instead, queue, emptied })
+    }
+
+    fn syslog(tag: String) -> Arc<Datagrams> {
+        Datagrams::open(vec![SYSLOG.into()], Header::Syslog { tag }, None)
     }
 
     /// Sends a line, or lets it wait.
-    fn write(self: &Arc<Self>, level: Level, text: &str) {
-        let line = self.header.line(level, text);
+    fn write(self: &Arc<Self>, line: Line) {
         let mut queue = self.queue();
-        if queue.waiting.is_empty() && self.send(&mut queue, &line) != Sent::Later {
-            return;
-        }
-        if queue.octets + line.len() > MAX_WAITING {
+        let line = match queue.waiting.is_empty() {
+            true => match self.send(&mut queue, line) {
+                Some(line) => line,
+                None => return,
+            },
+            false => line,
+        };
+        if queue.octets + line.text.len() > MAX_WAITING {
             queue.lost += 1;
             return;
         }
-        queue.octets += line.len();
+        queue.octets += line.text.len();
         queue.waiting.push_back(line);
         if !queue.has_thread {
             let this = Arc::clone(self);
@@ -271,15 +296,16 @@ impl Datagrams {
     fn work_off(&self) {
         let mut queue = self.queue();
         while let Some(line) = queue.waiting.pop_front() {
-            match self.send(&mut queue, &line) {
-                Sent::Later => {
+            let octets = line.text.len();
+            match self.send(&mut queue, line) {
+                Some(line) => {
                     queue.waiting.push_front(line);
                     let socket = queue.socket.as_ref().and_then(|socket| socket.try_clone().ok());
                     drop(queue);
                     wait_for_room(socket);
                     queue = self.queue();
                 }
-                Sent::Yes | Sent::Never => queue.octets -= line.len(),
+                None => queue.octets -= octets,
             }
         }
         queue.has_thread = false;
@@ -287,25 +313,28 @@ impl Datagrams {
         self.emptied.notify_all();
     }
 
-    /// Sends a line if that can be done at once, and before it how many were lost.
-    fn send(&self, queue: &mut Queue, line: &str) -> Sent {
+    /// Sends a line, and before it how many were lost. Gives the line back if it has to wait.
+    fn send(&self, queue: &mut Queue, line: Line) -> Option<Line> {
         if queue.lost > 0 {
             let text = format!("warning: {} log lines before this one were lost", queue.lost);
-            match self.send_one(queue, &self.header.line(Level::Warn, &text)) {
+            let notice = Line { level: Level::Warn, time: line.time, text };
+            match self.send_one(queue, &self.header.datagram(&notice)) {
                 Sent::Yes => queue.lost = 0,
-                other => {
-                    queue.lost += u64::from(other == Sent::Never);
-                    return other;
-                }
+                Sent::Later => return Some(line),
+                Sent::Never => {}
             }
         }
-        let sent = self.send_one(queue, line);
-        queue.lost += u64::from(sent == Sent::Never);
-        sent
+        match (self.send_one(queue, &self.header.datagram(&line)), &self.instead) {
+            (Sent::Later, _) => return Some(line),
+            (Sent::Yes, _) => {}
+            (Sent::Never, Some(instead)) => instead.write(line),
+            (Sent::Never, None) => queue.lost += 1,
+        }
+        None
     }
 
-    fn send_one(&self, queue: &mut Queue, line: &str) -> Sent {
-        let line = &line.as_bytes()[..line.len().min(MAX_DATAGRAM)];
+    fn send_one(&self, queue: &mut Queue, datagram: &str) -> Sent {
+        let line = &datagram.as_bytes()[..datagram.len().min(MAX_DATAGRAM)];
         if let Some(open) = &queue.socket {
             match open.send(line) {
                 Ok(_) => return Sent::Yes,
@@ -325,6 +354,9 @@ impl Datagrams {
     fn flush(&self) {
         let queue = self.queue();
         drop(self.emptied.wait_timeout_while(queue, LAST_WAIT, |queue| queue.has_thread));
+        if let Some(instead) = &self.instead {
+            instead.flush();
+        }
     }
 
     fn queue(&self) -> MutexGuard<'_, Queue> {
