@@ -44,7 +44,7 @@ pub mod reader;
 mod room;
 mod sweep;
 
-use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::fs::{self, DirBuilder, File, Metadata, OpenOptions};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -109,14 +109,7 @@ impl Spool {
         make_folder(&root).map_err(|error| {
             wrong(format!("{error}; make it, with mode 700, for the user that smtp-dup runs as"))
         })?;
-        let folder = fs::metadata(&root).map_err(failed)?;
-        let (owner, user) = (Uid::from_raw(folder.uid()), Uid::effective());
-        if owner != user {
-            return Err(wrong(format!(
-                "belongs to user {owner}, and this is user {user}: run all of smtp-dup as one \
-                 user, or chown -R the folder to it"
-            )));
-        }
+        let folder = owned(&root)?;
         if folder.mode() & 0o077 != 0 {
             return Err(wrong(format!(
                 "others may look into it (mode {:04o}); chmod 700",
@@ -126,6 +119,7 @@ impl Spool {
         let mut is_new = false;
         for name in ["tmp", "queue", "failed", "damaged", "hold"] {
             is_new |= make_folder(&root.join(name)).map_err(failed)?;
+            owned(&root.join(name))?;
         }
         // Not each time: a process that is there for one client has no time for it.
         if is_new {
@@ -225,6 +219,20 @@ impl Spool {
 /// The backups' names as they stand in file names.
 pub fn names(backups: &[Destination]) -> Vec<String> {
     backups.iter().map(Destination::to_string).collect()
+}
+
+/// What there is to know of a folder of the spool, which has to belong to whoever runs this.
+fn owned(path: &Path) -> Result<Metadata, String> {
+    let wrong = |what: String| format!("relay.spool: {}: {what}", path.display());
+    let folder = fs::metadata(path).map_err(|error| wrong(error.to_string()))?;
+    let (owner, user) = (Uid::from_raw(folder.uid()), Uid::effective());
+    match owner == user {
+        true => Ok(folder),
+        false => Err(wrong(format!(
+            "belongs to user {owner}, and this is user {user}: run all of smtp-dup as one user, \
+             or chown -R the whole spool to it"
+        ))),
+    }
 }
 
 /// Makes a folder that is for its owner alone; one that is there already stays as it is. True when

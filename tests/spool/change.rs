@@ -147,6 +147,15 @@ fn folders_that_are_refused() {
         let line = refusal(&name);
         assert!(line.contains(&name) && line.contains("12345"), "{line}");
         chown(&spool, Some(0), None).unwrap();
+        // Given to another user without what is in it.
+        let within = spool.join("queue");
+        fs::create_dir(&within).unwrap();
+        chown(&within, Some(12345), None).unwrap();
+        let line = refusal(&name);
+        assert!(line.contains(within.to_str().unwrap()) && line.contains("12345"), "{line}");
+        fs::remove_dir_all(&spool).unwrap();
+        fs::create_dir(&spool).unwrap();
+        fs::set_permissions(&spool, fs::Permissions::from_mode(0o700)).unwrap();
     } else {
         assert!(std::env::var_os("CI").is_none(), "another's folder needs root, and CI is set");
         strace::skip("another's folder needs root");
