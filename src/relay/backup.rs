@@ -115,7 +115,7 @@ pub struct Backup {
     state: Mutex<State>,
     /// For agents that wait: there is a copy, or the drain begins.
     wake: Condvar,
-    /// For agents that were refused a connection: the drain begins.
+    /// For agents that were refused a connection: the backup is down, or the drain begins.
     end: Condvar,
     dsn_missed: AtomicBool,
 }
@@ -152,6 +152,8 @@ struct State {
     refused: usize,
     /// It has refused one connection more, which is said once.
     full: bool,
+    /// What it said then, until it is known whether the others are served.
+    refusal: Option<String>,
     /// Cloned for each agent, until the drain begins.
     alive: Option<Sender<()>>,
 }
@@ -194,6 +196,7 @@ impl Backup {
             prober: false,
             refused: 0,
             full: false,
+            refusal: None,
             alive: Some(alive.clone()),
         };
         Backup {
@@ -328,6 +331,11 @@ impl Backup {
     /// The backup has answered: it is not down, or not any more.
     pub fn is_up(&self) {
         let mut state = self.state();
+        if let Some(why) = state.refusal.take()
+            && !std::mem::replace(&mut state.full, true)
+        {
+            maillog::backup_full(&self.destination, &why);
+        }
         let was_held = state.hold.take().is_some();
         if was_held {
             maillog::backup_back(&self.destination);
@@ -355,7 +363,7 @@ impl Backup {
         }
     }
 
-    /// A connection was refused while others work: the backup is not down, it may take no more at
+    /// A connection was refused while others work: the backup may not be down, but take no more at
     /// once. The copy goes back for an agent that has its connection; this one waits, to try
     /// again in case that the others are stuck. Gives the copy when it is not so.
     pub fn give_back(&self, mut copy: Copy, failure: &Failure) -> Option<Copy> {
@@ -370,13 +378,12 @@ impl Backup {
         copy.claim = None;
         state.landed(copy.message.id);
         state.queue.push_front(Job::Held(copy));
-        if !std::mem::replace(&mut state.full, true) {
-            maillog::backup_full(&self.destination, &failure.to_string());
-        }
+        state.refusal = Some(failure.to_string());
         self.wake.notify_one();
         let until = Instant::now() + REFUSED;
         state.refused += 1;
         while state.alive.is_some()
+            && state.hold.is_none()
             && let Some(left) = until.checked_duration_since(Instant::now())
         {
             state = self.end.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
@@ -404,6 +411,9 @@ impl Backup {
                 let pause = before.map_or(FIRST_PAUSE, |(_, pause)| (pause * 2).min(LONGEST_HOLD));
                 let until = now + jittered(pause);
                 state.hold = Some(Hold { until, pause });
+                // The others are not served either: who waits for them need not.
+                state.refusal = None;
+                self.end.notify_all();
                 self.hold_all(until - now, failure);
                 until
             }

@@ -57,6 +57,34 @@ fn a_backup_that_refuses_connections_is_held_until_it_is_back() {
     folder.assert_clean();
 }
 
+/// Several agents begin with it at once; that the first to be refused is not alone says nothing.
+#[test]
+fn a_backup_that_is_down_at_the_start_is_not_said_to_refuse_one_connection() {
+    let folder = Folder::new();
+    let primary = Sink::start();
+    let down = Sink::refusing(SinkOptions::default());
+    let dup = folder.start(&primary, &[&down]);
+    let mut client = Client::ready(dup.addr());
+    (1..=20).for_each(|number| send(&mut client, number));
+    drop(client);
+    kill(dup);
+    // It takes connections and closes them after a while, so that all agents meet there.
+    down.set_reply(|event| match event {
+        Event::Connect(_) => Action::after(Duration::from_millis(200), Action::Close),
+        _ => Action::Default,
+    });
+    down.reopen();
+    let dup = folder.start(&primary, &[&down]);
+    dup.wait_log("is down");
+    assert!(down.connections() > 1, "only one agent was there");
+    down.set_reply(|_| Action::Default);
+    down.wait(20);
+    folder.wait_empty();
+    end(&dup);
+    assert_eq!(dup.log_lines("is down").len(), 1, "{}", dup.log());
+    assert_eq!(dup.log_lines("refuses one connection"), [""; 0], "{}", dup.log());
+}
+
 /// A refusal before MAIL is about the server, not about the message.
 #[test]
 fn a_5xx_before_mail_holds_the_backup_and_fails_nothing() {
