@@ -19,7 +19,8 @@ pub fn run(config: &Config) -> bool {
     }
     if let Some(settings) = &config.spool {
         // As the service will, whose folder it is.
-        match become_owner(&settings.folder).and_then(|()| Spool::open(settings)) {
+        let owned = become_owner(&settings.folder).map_err(|error| settings.wrong(&error));
+        match owned.and_then(|()| Spool::open(settings)) {
             Ok(_) => println!("spool {}: ok", settings.folder.display()),
             Err(what) => {
                 println!("spool: FAILED: {what}");

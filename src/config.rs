@@ -193,11 +193,7 @@ impl Config {
         service: Option<Uid>,
     ) -> Result<(Config, Vec<String>), Mistake> {
         let mut draft = Draft::default();
-        let file = match file {
-            Some(file) => Some(file.to_path_buf()),
-            None => SEARCH.iter().map(PathBuf::from).find(|file| file.exists()),
-        };
-        if let Some(file) = &file {
+        if let Some(file) = file.or_else(found) {
             draft.read(file, service)?;
         }
         let warnings = draft.read_environment(environment)?;
@@ -342,6 +338,11 @@ impl Draft {
             log_level: self.log_level,
         })
     }
+}
+
+/// The file when nobody names one.
+pub fn found<'a>() -> Option<&'a Path> {
+    SEARCH.iter().map(Path::new).find(|file| file.exists())
 }
 
 /// Who can write the configuration decides where all mail goes: that must be no one else.

@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use nix::unistd::{Uid, chdir};
 use smtp_dup::cli::{Arguments, Command};
-use smtp_dup::config::Config;
+use smtp_dup::config::{self, Config};
 use smtp_dup::launch::master::{self, Master, Role, Tie};
 use smtp_dup::launch::privileges::{User, become_owner, confine, inside};
 use smtp_dup::launch::signals::Signals;
@@ -116,17 +116,20 @@ fn warn(warnings: &[String]) {
 
 /// A command that people give: it prints, and does not serve.
 fn command(arguments: &Arguments) -> ExitCode {
-    let config = match load(arguments, &Launch::ALONE) {
-        Ok((config, warnings, _)) => {
+    let is_check = matches!(arguments.command, Some(Command::Check(_)));
+    // Check answers for the service, which would not start with what others may write.
+    let trusted = if is_check { Ok(()) } else { trust(arguments) };
+    let (config, user) = match trusted.and_then(|()| load(arguments, &Launch::ALONE)) {
+        Ok((config, warnings, user)) => {
             open_log(&config, Place::Stderr);
             warn(&warnings);
-            config
+            (config, user)
         }
         Err(what) => return refuse(Launch::ALONE, &what),
     };
     let done = match &arguments.command {
         Some(Command::Check(_)) => Ok(check::run(&config)),
-        Some(command) => with_spool(&config, command),
+        Some(command) => with_spool(&config, user.as_ref(), command),
         None => Ok(true),
     };
     match done {
@@ -142,13 +145,28 @@ fn command(arguments: &Arguments) -> ExitCode {
     }
 }
 
-/// A command on the spool, as the user whose it is.
-fn with_spool(config: &Config, command: &Command) -> io::Result<bool> {
+/// Whoever may write the configuration says which folder is the spool. Root is not led by that to
+/// more than its owner could do, for root becomes its owner first. One that is found in the folder
+/// where root happens to be is not meant: that is left to be refused.
+fn trust(arguments: &Arguments) -> Result<(), String> {
+    let file = arguments.config.as_deref();
+    let file = file.or_else(|| config::found().filter(|file| file.is_absolute()));
+    match file.filter(|_| arguments.user.is_none()) {
+        Some(file) if file.exists() => {
+            become_owner(file).map_err(|error| format!("{}: {error}", file.display()))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// A command on the spool, as the user that was named, or the one whose it is.
+fn with_spool(config: &Config, user: Option<&User>, command: &Command) -> io::Result<bool> {
     let settings = config.spool.as_ref().ok_or_else(|| {
         io::Error::new(ErrorKind::InvalidInput, "relay.spool is not set: there is no spool")
     })?;
     let wrong = |what| io::Error::new(ErrorKind::InvalidInput, what);
-    become_owner(&settings.folder).map_err(wrong)?;
+    confine(user, None).map_err(wrong)?;
+    become_owner(&settings.folder).map_err(|error| wrong(settings.wrong(&error)))?;
     let spool = Arc::new(Spool::open(settings).map_err(wrong)?);
     match command {
         Command::Queue(order) => operator::queue(config, &spool, order),

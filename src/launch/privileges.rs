@@ -50,23 +50,23 @@ impl User {
     }
 }
 
-/// Becomes the user whose folder `path` is, if this is root: what root makes there would be in that
-/// user's way.
+/// Becomes the user whose file or folder `path` is, if this is root: what root makes in that folder
+/// would be in the user's way, and what root does by that file must be no more than the user could.
 ///
 /// # Errors
-/// A text that says which step failed.
-pub fn become_owner(path: &Path) -> Result<(), String> {
-    let failed =
-        |error: &dyn std::fmt::Display| format!("relay.spool: {}: {error}", path.display());
-    let about = std::fs::metadata(path).map_err(|error| failed(&error))?;
-    let (uid, gid) = (Uid::from_raw(about.uid()), Gid::from_raw(about.gid()));
+/// Those of stat(2), and of the step that failed.
+pub fn become_owner(path: &Path) -> std::io::Result<()> {
+    let about = std::fs::metadata(path)?;
+    let uid = Uid::from_raw(about.uid());
     if !Uid::effective().is_root() || uid.is_root() {
         return Ok(());
     }
-    setgroups(&[])
-        .and_then(|()| setgid(gid))
-        .and_then(|()| setuid(uid))
-        .map_err(|error| failed(&error))
+    // The user's own group: that of the file may still be root's.
+    let gid = Entry::from_uid(uid)?.map_or(Gid::from_raw(about.gid()), |entry| entry.gid);
+    setgroups(&[])?;
+    setgid(gid)?;
+    setuid(uid)?;
+    Ok(())
 }
 
 /// Becomes `user` for good, with its supplementary groups, within `root` if there is one. Someone

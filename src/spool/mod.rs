@@ -88,6 +88,13 @@ pub struct Settings {
     pub max_bytes: u64,
 }
 
+impl Settings {
+    /// Says what is wrong with the folder.
+    pub fn wrong(&self, what: &impl std::fmt::Display) -> String {
+        format!("relay.spool: {}: {what}", self.folder.display())
+    }
+}
+
 /// A message in the queue.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Entry {
@@ -104,7 +111,7 @@ impl Spool {
     /// A text that says what is wrong with the folder and what to do.
     pub fn open(settings: &Settings) -> Result<Spool, String> {
         let root = settings.folder.clone();
-        let wrong = |what: String| format!("relay.spool: {}: {what}", root.display());
+        let wrong = |what: String| settings.wrong(&what);
         let failed = |error: io::Error| wrong(error.to_string());
         make_folder(&root).map_err(|error| {
             wrong(format!("{error}; make it, with mode 700, for the user that smtp-dup runs as"))

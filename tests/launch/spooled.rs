@@ -2,7 +2,7 @@
 //! them is killed or leaves, and none of them needs another to be delivered.
 
 use std::fs;
-use std::os::unix::fs::{PermissionsExt, chown};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
@@ -242,4 +242,56 @@ fn try_deliver(service: &Service, number: usize) -> bool {
 fn flush_whatever(service: &Service) {
     let mut command = crate::instance::command(service.program.path().to_str().unwrap());
     let _ = command.arg("--config").arg(service.route.config_file()).arg("flush").output();
+}
+
+/// Root's commands become the owner of what they are led by.
+#[test]
+fn a_configuration_of_the_spool_s_owner() {
+    if !crate::instance::can_run(&[]) {
+        return;
+    }
+    let (route, program) = (Route::start(), Program::copy());
+    let spool = with_spool(&route);
+    let file = route.config_file();
+    let run = |named: bool, words: &[&str]| {
+        let mut command = crate::instance::command(program.path().to_str().unwrap());
+        if named {
+            command.arg("--config").arg(&file);
+        }
+        let output = command.args(words).current_dir(route.folder()).output().unwrap();
+        let said = [output.stdout, output.stderr].concat();
+        (output.status.code(), String::from_utf8_lossy(&said).into_owned())
+    };
+    let owner = |user| {
+        let (uid, gid) = user_and_group(user);
+        chown(&file, Some(uid), Some(gid)).unwrap();
+    };
+    fs::set_permissions(&file, fs::Permissions::from_mode(0o600)).unwrap();
+
+    // Nobody leads root to the folder of somebody else.
+    owner("mail");
+    let (code, said) = run(true, &["queue"]);
+    assert!(code == Some(2) && said.contains("belongs to user"), "{code:?} {said}");
+    let (code, said) = run(true, &["--user", "mail", "queue"]);
+    assert!(code == Some(2) && said.contains("belongs to user"), "{code:?} {said}");
+    assert_eq!(fs::read_dir(&spool).unwrap().count(), 0);
+
+    owner(USER);
+    for words in [&["queue"][..], &["flush"], &["--user", USER, "queue"]] {
+        let (code, said) = run(true, words);
+        assert_eq!(code, Some(0), "{words:?}: {said}");
+    }
+    let made = fs::read_dir(&spool).unwrap().map(|entry| entry.unwrap().metadata().unwrap());
+    let (uid, gid) = user_and_group(USER);
+    let made: Vec<_> = made.map(|about| (about.uid(), about.gid())).collect();
+    assert_eq!(made, vec![(uid, gid); 5]);
+    // The group of a file may be root's though its owner is not in it.
+    chown(&file, None, Some(0)).unwrap();
+    assert_eq!(run(true, &["queue"]).0, Some(0));
+
+    // What lies about is not taken for the administrator's word, and the service would not start.
+    for (named, words) in [(false, &["queue"][..]), (true, &["check"])] {
+        let (code, said) = run(named, words);
+        assert!(code == Some(2) && said.contains("chown root"), "{words:?}: {code:?} {said}");
+    }
 }
