@@ -1,10 +1,14 @@
 //! Many copies and many processes on one spool: each copy once, nobody waits for another, and
 //! memory does not grow with what waits.
 
+use std::net::TcpListener;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::PermissionsExt;
+use std::process::Stdio;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::common::*;
 use crate::*;
@@ -31,44 +35,125 @@ fn expected(count: usize) -> Vec<Vec<u8>> {
     expected
 }
 
-/// Two daemons and a few of `smtp-dup flush` begin together with what waits.
+/// Messages 1 to `count` wait in the spool for each of these, as smtp-dup-spool(5) writes them.
+fn write_spool(folder: &Folder, backups: &[Sink], count: usize) {
+    let hour = folder.path().join("queue/2026112309");
+    std::fs::create_dir_all(&hour).unwrap();
+    for made in [folder.path(), folder.path().join("queue"), hour.clone()] {
+        std::fs::set_permissions(made, std::fs::Permissions::from_mode(0o700)).unwrap();
+    }
+    let names: Vec<_> = backups.iter().map(|backup| backup.addr().to_string()).collect();
+    for number in 1..=count {
+        let mut mail =
+            format!("NOOP {}\r\nMAIL FROM:<{FROM}>\r\nRCPT TO:<{TO}>\r\nDATA\r\n", names.join(" "))
+                .into_bytes();
+        mail.extend(numbered(number));
+        mail.extend(b".\r\n");
+        let id = format!("{number:010X}");
+        for name in &names {
+            std::fs::write(hour.join(format!("{id}.to.{name}")), "").unwrap();
+        }
+        std::fs::write(hour.join(format!("{id}.mail")), mail).unwrap();
+    }
+}
+
+/// Daemons, flushes and processes for one client: twenty that work on 10,000 copies at once.
 #[test]
-fn several_processes_deliver_each_copy_once() {
-    const COUNT: usize = 500;
+fn twenty_processes_deliver_each_copy_once() {
+    const COUNT: usize = 5000;
+    const DAEMONS: usize = 4;
+    const FLUSHES: usize = 10;
+    const CLIENTS: usize = 6;
+    /// So many messages each of the clients sends.
+    const EACH: usize = 20;
     let folder = Folder::new();
     let primary = Sink::start();
-    let backups = [(); 2].map(|()| Sink::refusing(SinkOptions::default()));
-    let dup = folder.start(&primary, &backups.each_ref());
-    send_many(&dup, 1, COUNT);
-    kill(dup);
-    // Or the flushes would respect it.
-    std::fs::remove_dir_all(folder.path().join("hold")).unwrap();
-    backups.iter().for_each(Sink::reopen);
+    let backups = [Sink::start(), Sink::start()];
+    write_spool(&folder, &backups, COUNT);
     let yaml = folder.config(&primary, &backups.each_ref(), "");
-    let dups = [Dup::start(&yaml), Dup::start(&yaml)];
-    thread::scope(|scope| {
-        for _ in 0..3 {
-            scope.spawn(|| {
-                let output = run(&["flush"], Some(&yaml), &[]);
-                let text = String::from_utf8_lossy(&output.stdout);
-                assert!(!text.contains("FAILED"), "{output:?}");
+    let dups: Vec<_> = (0..DAEMONS).map(|_| Dup::start(&yaml)).collect();
+    let tried: u64 = thread::scope(|scope| {
+        let flushes: Vec<_> =
+            (0..FLUSHES).map(|_| scope.spawn(|| flush(&yaml, &backups))).collect();
+        for client in 0..CLIENTS {
+            let yaml = &yaml;
+            scope.spawn(move || {
+                let mut process = OneClient::start(yaml);
+                let first = COUNT + 1 + client * EACH;
+                (first..first + EACH).for_each(|number| send(&mut process.client, number));
+                process.end();
             });
         }
+        flushes.into_iter().map(|flush| flush.join().unwrap()).sum()
     });
-    for backup in &backups {
-        backup.wait_for("all", |backup| backup.messages().len() >= COUNT);
+    let all = COUNT + CLIENTS * EACH;
+    let end_of_wait = Instant::now() + BOUND * 6;
+    while backups.iter().any(|backup| backup.accepted() < all) {
+        assert!(Instant::now() < end_of_wait, "{:?}", backups.each_ref().map(Sink::accepted));
+        thread::sleep(Duration::from_millis(20));
     }
     folder.wait_empty();
     dups.iter().for_each(end);
     for backup in &backups {
-        assert_eq!(backup.attempts().len(), COUNT);
-        assert!(bodies(&backup.messages()) == expected(COUNT));
+        assert_eq!(backup.attempts().len(), all);
+        assert!(bodies(&backup.messages()) == expected(all));
     }
-    // All of them had a share in it, or this has shown nothing.
+    // All kinds had a share in it, or this has shown nothing.
+    assert!(tried > 0);
     for dup in &dups {
-        assert!(!dup.log_lines("role=backup delay=").is_empty(), "{}", dup.log());
+        let sent = dup.log_lines("role=backup delay=").len();
+        assert!(sent > 0, "{}", dup.log());
     }
     folder.assert_clean();
+}
+
+/// How many copies `smtp-dup flush` says that it has tried.
+#[track_caller]
+fn flush(yaml: &str, backups: &[Sink]) -> u64 {
+    let place = tempfile::tempdir().unwrap();
+    let output = command(&place, Some(yaml)).arg("flush").output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(!text.contains("FAILED"), "{output:?}");
+    let about = |backup: &Sink| {
+        let start = format!("{}: ", backup.addr());
+        let rest = text.lines().find_map(|line| line.strip_prefix(&start)).unwrap_or_default();
+        let count = rest.split(' ').next().unwrap_or_default().parse::<u64>();
+        count.unwrap_or_else(|_| panic!("{text}"))
+    };
+    backups.iter().map(about).sum()
+}
+
+/// smtp-dup as inetd starts it, for one client, who is here.
+struct OneClient {
+    client: Client,
+    process: std::process::Child,
+    _place: tempfile::TempDir,
+}
+
+impl OneClient {
+    fn start(yaml: &str) -> OneClient {
+        let place = tempfile::tempdir().unwrap();
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let addr = listener.local_addr().unwrap();
+        let client = thread::spawn(move || Client::connect(addr));
+        let socket = OwnedFd::from(listener.accept().unwrap().0);
+        let mut inetd = command(&place, Some(yaml));
+        inetd.arg("inetd").stdin(socket.try_clone().unwrap()).stdout(socket).stderr(Stdio::null());
+        let process = inetd.spawn().unwrap();
+        drop(inetd);
+        let mut client = client.join().unwrap();
+        client.expect_reply(220);
+        client.ehlo();
+        OneClient { client, process, _place: place }
+    }
+
+    /// The client goes, and the process after it.
+    #[track_caller]
+    fn end(self) {
+        let OneClient { client, mut process, _place } = self;
+        drop(client);
+        assert!(wait_until_ended(&mut process).success());
+    }
 }
 
 /// One daemon takes the mail of two, and they share the spool while it flows.
