@@ -12,7 +12,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use nix::fcntl::{Flock, FlockArg};
 
-use super::{Entry, MAIL, Spool, TO, create, ignore_missing, sync_folder};
+use super::{Entry, MAIL, Spool, TO, create, ignore_missing, is_still, sync_folder};
 use crate::message::QueueId;
 use crate::smtp::command::{Command, Relayed};
 use crate::smtp::envelope::{Envelope, Path as Address};
@@ -109,9 +109,7 @@ impl Spool {
             Err((_, error)) => return Err(error.into()),
         };
         // Somebody may have replaced or removed it between open and lock.
-        let is_current = fs::symlink_metadata(path)
-            .is_ok_and(|now| lock.metadata().is_ok_and(|own| own.ino() == now.ino()));
-        if !is_current {
+        if !is_still(path, &lock) {
             return Ok(Claimed::Gone);
         }
         let mut text = String::new();
@@ -236,6 +234,11 @@ pub(super) fn read_mail(path: &Path) -> io::Result<Mail> {
 }
 
 impl Claim {
+    /// The message whose copy it is.
+    pub fn entry(&self) -> Entry {
+        self.entry
+    }
+
     /// The message of this copy could not be read: one that was moved aside takes the copy along.
     /// Gives the error to be logged.
     pub fn without_mail(&self, error: io::Error) -> io::Error {
@@ -276,6 +279,7 @@ impl Claim {
         attempts: u32,
     ) -> io::Result<()> {
         let failed = self.spool.failed();
+        let _alone = self.spool.lock_failed()?;
         let id = self.spool.link_failed(self.entry)?;
         let path = failed.join(format!("{id}{TO}{}", self.backup));
         // Others of the same message may have been refused before.

@@ -3,7 +3,6 @@
 //! `queue` (the commands) calls this beside running daemons. Everything that changes a copy claims
 //! it first.
 
-use std::ffi::OsStr;
 use std::fs::{self, File, ReadDir};
 use std::io::{self, Read};
 use std::path::PathBuf;
@@ -112,39 +111,43 @@ impl Spool {
             write_state(self, &self.item_path(item), &fresh, "")?;
             return Ok(Done::Yes(item.entry.id));
         }
-        // Under another name when it is for somebody else: whom a message can be owed to is
-        // written in it, and that list must hold for all that have its name.
-        let id = if new.is_some() { QueueId::next() } else { item.entry.id };
-        let entry = Entry { hour: hour_of(SystemTime::now()), id };
         let backup = new.unwrap_or(&item.backup);
-        // Others of the same message may be owed it still: it stays one copy.
-        let twin = self.twin(id, backup)?;
-        let _twin = match &twin {
-            None => None,
-            Some(twin) => match self.claim_item(twin)? {
-                Claimed::Yes(claim) => {
-                    fresh.places = union(fresh.places, claim.owed.places.clone());
-                    Some(claim)
-                }
-                Claimed::Busy => return Ok(Done::Busy),
-                Claimed::Gone => None,
-            },
+        // Others of the same message may be owed it still: it stays one copy. While that is ours,
+        // its message stays.
+        let twin = match new {
+            None => self.twin(item.entry.id, backup)?,
+            Some(_) => None,
         };
-        let entry = twin.filter(|_| _twin.is_some()).map_or(entry, |twin| twin.entry);
+        let mut entry = Entry { hour: hour_of(SystemTime::now()), id: item.entry.id };
+        let other = match twin.as_ref().map(|twin| self.claim_item(twin)).transpose()? {
+            Some(Claimed::Yes(claim)) => {
+                fresh.places = union(fresh.places, claim.owed.places.clone());
+                entry = claim.entry();
+                Some(claim)
+            }
+            Some(Claimed::Busy) => return Ok(Done::Busy),
+            Some(Claimed::Gone) | None => None,
+        };
+        // Under another name when it is for somebody else: whom a message can be owed to is
+        // written in it, and that list must hold for all that have its name. And when it lies there
+        // for others, who may take it along at any moment.
+        if new.is_some() || other.is_none() && self.mail(entry).exists() {
+            entry.id = QueueId::next();
+        }
         self.ready_hour(entry)?;
         // Nobody is to take what is being made for what a crash has left.
-        let _mark = match self.reserve(id) {
+        let _mark = match self.reserve(entry.id) {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => return Ok(Done::Busy),
             reserved => Mark(reserved?),
         };
         match fs::hard_link(self.item_mail_path(item), self.mail(entry)) {
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists && other.is_some() => {}
             linked => linked?,
         }
         write_state(self, &self.copy(entry, backup), &fresh, "")?;
         sync_folder(&self.hour(entry))?;
         self.remove_item(item)?;
-        Ok(Done::Yes(id))
+        Ok(Done::Yes(entry.id))
     }
 
     /// The copy of the same message for the same backup that waits in the queue.
@@ -178,20 +181,23 @@ impl Spool {
     /// Removes a copy, and its message with the last one.
     fn remove_item(&self, item: &Item) -> io::Result<()> {
         let mail = self.item_mail(item);
-        ignore_missing(fs::remove_file(self.item_path(item)))?;
         match item.part {
-            Part::Queue => self.settle(item.entry, &mail?.backups),
+            Part::Queue => {
+                ignore_missing(fs::remove_file(self.item_path(item)))?;
+                self.settle(item.entry, &mail?.backups)
+            }
             Part::Failed => {
-                let is_of_it = |name: &OsStr| {
-                    name.to_str()
-                        .is_some_and(|name| name.starts_with(&format!("{}{TO}", item.entry.id)))
+                let _alone = self.lock_failed()?;
+                ignore_missing(fs::remove_file(self.item_path(item)))?;
+                // One that cannot be read is left to the sweep, who looks at every name.
+                let Ok(mail) = mail else { return Ok(()) };
+                let is_there = |backup: &String| {
+                    self.item_path(&Item { backup: backup.clone(), ..item.clone() }).exists()
                 };
-                for file in fs::read_dir(self.failed())? {
-                    if is_of_it(&file?.file_name()) {
-                        return Ok(());
-                    }
+                match mail.backups.iter().any(is_there) {
+                    true => Ok(()),
+                    false => ignore_missing(fs::remove_file(self.item_mail_path(item))),
                 }
-                ignore_missing(fs::remove_file(self.item_mail_path(item)))
             }
         }
     }

@@ -205,13 +205,28 @@ impl Spool {
     /// what there is of it for the remains of a crash.
     fn reserve(&self, id: QueueId) -> io::Result<(PathBuf, Flock<File>)> {
         let path = self.tmp().join(id.to_string());
-        let file = create(&path, false)?;
+        let file = match create(&path, false) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                if !remove_abandoned(&path)? {
+                    return Err(error);
+                }
+                create(&path, false)?
+            }
+            made => made?,
+        };
         let file = Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, e)| e)?;
         // A sweep that came between the two has removed it, without the lock it would have lost.
-        match fs::symlink_metadata(&path) {
-            Ok(now) if now.ino() == file.metadata()?.ino() => Ok((path, file)),
-            _ => Err(io::Error::other("swept away while it was made")),
+        match is_still(&path, &file) {
+            true => Ok((path, file)),
+            false => Err(io::Error::other("swept away while it was made")),
         }
+    }
+
+    /// Whoever puts something into `failed/`, or takes it out, is alone there: a message must not
+    /// go with its last copy when another is just coming.
+    fn lock_failed(&self) -> io::Result<Flock<File>> {
+        let folder = File::open(self.failed())?;
+        Flock::lock(folder, FlockArg::LockExclusive).map_err(|(_, error)| error.into())
     }
 
     /// Removes a message that is owed to nobody any more.
@@ -262,6 +277,26 @@ fn create(path: &Path, again: bool) -> io::Result<File> {
         options.create_new(true)
     };
     options.open(path)
+}
+
+/// A file that was opened has this name still.
+fn is_still(path: &Path, file: &File) -> bool {
+    fs::symlink_metadata(path)
+        .is_ok_and(|now| file.metadata().is_ok_and(|own| own.ino() == now.ino()))
+}
+
+/// Removes a draft whose writer is gone: nobody has it locked. False when somebody has.
+fn remove_abandoned(path: &Path) -> io::Result<bool> {
+    let file = match claim::open(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(true),
+        opened => opened?,
+    };
+    let Ok(lock) = Flock::lock(file, FlockArg::LockExclusiveNonblock) else { return Ok(false) };
+    // Removed while it is locked: its writer, if there is one, looks at it afterwards.
+    if is_still(path, &lock) {
+        ignore_missing(fs::remove_file(path))?;
+    }
+    Ok(true)
 }
 
 /// Makes the names in a folder durable.

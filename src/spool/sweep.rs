@@ -1,14 +1,13 @@
 //! What a crash has left, settled at the start. The table at the head of [`super`] has the states.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
+use std::fs;
 use std::io;
+use std::path::Path;
 use std::time::{Duration, SystemTime};
 
-use nix::fcntl::{Flock, FlockArg};
-
 use super::claim::Owed;
-use super::{Entry, MAIL, Spool, TO, ignore_missing};
+use super::{Entry, MAIL, Spool, TO, ignore_missing, remove_abandoned};
 use crate::message::QueueId;
 
 /// An hour is left alone while somebody may just be committing to it.
@@ -36,7 +35,7 @@ impl Spool {
                 let name = file?.file_name();
                 let Some(name) = name.to_str() else { continue };
                 if let Some(id) = name.strip_suffix(MAIL).and_then(QueueId::parse) {
-                    self.sweep_mail(Entry { hour, id }, backups)?;
+                    self.sweep_mail(&folder, id, backups)?;
                 } else if let Some((id, backup)) = name.split_once(TO)
                     && let Some(id) = QueueId::parse(id)
                     && self.sweep_copy(Entry { hour, id }, backup)?
@@ -46,7 +45,21 @@ impl Spool {
             }
             self.remove_hour(&folder)?;
         }
+        self.sweep_failed(backups)?;
         Ok(census)
+    }
+
+    /// Messages whose last copy was just being put here or taken out.
+    fn sweep_failed(&self, backups: &[String]) -> io::Result<()> {
+        let _alone = self.lock_failed()?;
+        for file in fs::read_dir(self.failed())? {
+            let name = file?.file_name();
+            let id = name.to_str().and_then(|name| name.strip_suffix(MAIL));
+            if let Some(id) = id.and_then(QueueId::parse) {
+                self.sweep_mail(&self.failed(), id, backups)?;
+            }
+        }
+        Ok(())
     }
 
     /// Holds that are over: who wrote them may not be there to end them.
@@ -66,19 +79,17 @@ impl Spool {
     fn sweep_drafts(&self) -> io::Result<()> {
         for file in fs::read_dir(self.tmp())? {
             let path = file?.path();
-            let Ok(open) = File::open(&path) else { continue };
+            let about = fs::symlink_metadata(&path);
+            let Some(about) = about.ok().filter(fs::Metadata::is_file) else { continue };
             // States that are about to be put in place are never locked, and there for a moment.
-            let is_young = open.metadata()?.modified().is_ok_and(|at| {
+            let is_young = about.modified().is_ok_and(|at| {
                 SystemTime::now().duration_since(at).is_ok_and(|age| age < Duration::from_secs(60))
             });
             let is_draft = path.file_name().and_then(|name| name.to_str()).and_then(QueueId::parse);
             if is_draft.is_none() && is_young {
                 continue;
             }
-            // Removed while it is locked: its writer, if there is one, looks at it afterwards.
-            if let Ok(_lock) = Flock::lock(open, FlockArg::LockExclusiveNonblock) {
-                ignore_missing(fs::remove_file(&path))?;
-            }
+            remove_abandoned(&path)?;
         }
         Ok(())
     }
@@ -97,25 +108,25 @@ impl Spool {
 
     /// Removes a message that is owed to nobody. The `backups` of today are looked for first, which
     /// is enough for nearly all; before anything is removed the whole folder is looked through.
-    fn sweep_mail(&self, entry: Entry, backups: &[String]) -> io::Result<()> {
-        if backups.iter().any(|backup| self.copy(entry, backup).exists()) {
+    fn sweep_mail(&self, folder: &Path, id: QueueId, backups: &[String]) -> io::Result<()> {
+        let start = format!("{id}{TO}");
+        if backups.iter().any(|backup| folder.join(format!("{start}{backup}")).exists()) {
             return Ok(());
         }
         // Somebody is just putting it there.
-        if self.tmp().join(entry.id.to_string()).exists() {
+        if self.tmp().join(id.to_string()).exists() {
             return Ok(());
         }
-        let start = format!("{}{TO}", entry.id);
-        for file in fs::read_dir(self.hour(entry))? {
+        for file in fs::read_dir(folder)? {
             if file?.file_name().to_str().is_some_and(|name| name.starts_with(&start)) {
                 return Ok(());
             }
         }
-        ignore_missing(fs::remove_file(self.mail(entry)))
+        ignore_missing(fs::remove_file(folder.join(format!("{id}{MAIL}"))))
     }
 
     /// An hour that is over, when nothing is left of it.
-    fn remove_hour(&self, folder: &std::path::Path) -> io::Result<()> {
+    fn remove_hour(&self, folder: &Path) -> io::Result<()> {
         let is_old = fs::metadata(folder)?
             .modified()
             .is_ok_and(|at| SystemTime::now().duration_since(at).is_ok_and(|age| age > YOUNG));

@@ -2,7 +2,8 @@
 //! what lies in the folder. The real binary throughout, and it dies a lot.
 //!
 //! `promise` is promise 3 in one test; `crash` kills at every system call that touches the spool
-//! and `power` looks at the order of those calls, both by way of `tracer`; `faults` are disks that
+//! (`orders` the commands, and a process for one client) and `power` looks at the order of those
+//! calls, by way of `tracer`; `faults` are disks that
 //! fail, `retry` backups that do, `change` configurations that change, `crowd` many copies and
 //! many processes, `garbage` what does not belong into the folder.
 
@@ -14,6 +15,7 @@ mod crash;
 mod crowd;
 mod faults;
 mod garbage;
+mod orders;
 mod power;
 mod promise;
 mod retry;

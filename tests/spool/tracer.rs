@@ -10,7 +10,7 @@ use std::net::SocketAddr;
 use std::os::unix::fs::FileExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 use std::ptr;
 use std::sync::mpsc::{Receiver, channel};
 use std::thread::{self, JoinHandle};
@@ -113,9 +113,33 @@ impl Traced {
     #[track_caller]
     pub fn start(yaml: &str, spool: &Path, kill_at: Option<usize>) -> Traced {
         let folder = tempfile::tempdir().unwrap();
-        let log = folder.path().join("log");
         let mut command = command(&folder, Some(yaml));
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(File::create(&log).unwrap());
+        command.stdin(Stdio::null()).stdout(Stdio::null());
+        let mut traced = Traced::run(command, folder, spool, kill_at);
+        let end = Instant::now() + BOUND;
+        while !traced.has_ended() {
+            let log = traced.log();
+            let listen = log.split_whitespace().find_map(|word| word.strip_prefix("listen="));
+            if let Some(listen) = listen.filter(|_| log.contains(" starting smtp-dup ")) {
+                traced.addr = Some(listen.parse().unwrap());
+                break;
+            }
+            assert!(Instant::now() < end, "does not start:\n{log}");
+            thread::sleep(Duration::from_millis(2));
+        }
+        traced
+    }
+
+    /// Starts this, whose folder is `folder`, in the same way, and does not wait for anything.
+    #[track_caller]
+    pub fn run(
+        mut command: Command,
+        folder: TempDir,
+        spool: &Path,
+        kill_at: Option<usize>,
+    ) -> Traced {
+        let log = folder.path().join("log");
+        command.stderr(File::create(&log).unwrap());
         // SAFETY: one system call between fork and exec.
         unsafe {
             command.pre_exec(|| match libc::ptrace(libc::PTRACE_TRACEME, 0, 0, 0) {
@@ -131,24 +155,13 @@ impl Traced {
             #[allow(clippy::zombie_processes)]
             let child = command.spawn().unwrap();
             let pid = child.id() as pid_t;
+            // With the descriptors that are the child's: a client is to see its end.
+            drop(command);
             sender.send(pid).unwrap();
             Tracer { pid, spool, kill_at, clock: 0, changes: 0, calls: Vec::new(), killed: false }
                 .run()
         });
-        let pid = first(&pid);
-        let mut traced = Traced { addr: None, pid, thread, log, _folder: folder };
-        let end = Instant::now() + BOUND;
-        while !traced.has_ended() {
-            let log = traced.log();
-            let listen = log.split_whitespace().find_map(|word| word.strip_prefix("listen="));
-            if let Some(listen) = listen.filter(|_| log.contains(" starting smtp-dup ")) {
-                traced.addr = Some(listen.parse().unwrap());
-                break;
-            }
-            assert!(Instant::now() < end, "does not start:\n{log}");
-            thread::sleep(Duration::from_millis(2));
-        }
-        traced
+        Traced { addr: None, pid: first(&pid), thread, log, _folder: folder }
     }
 
     /// The process is no more.
