@@ -11,23 +11,25 @@
 //! the end of a pause or the drain, whichever comes first, and a channel's receiver tries again
 //! several times before it sleeps, which cost more than the rest of a small copy.
 
+mod outcome;
+mod state;
 mod stored;
 
-use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::Sender;
 
+pub use self::state::Job;
+use self::state::State;
+
 use super::connection::{Connection, Failure, Limits};
 use super::copy::Copy;
 use super::destination::Destination;
 use crate::maillog;
-use crate::message::QueueId;
 use crate::shutdown::{Deadline, Shutdown};
-use crate::spool::reader::Reader;
-use crate::spool::{Entry, Spool};
+use crate::spool::Spool;
 
 /// An agent without work ends after this time.
 const IDLE: Duration = Duration::from_secs(60);
@@ -43,24 +45,12 @@ const LEFT_TO_FIND: usize = 4;
 /// How often an agent that sleeps looks by itself, in case that the one at work is stuck.
 const LOOK: Duration = Duration::from_secs(1);
 
-/// One connection of several that was refused is tried again after this time.
-const REFUSED: Duration = Duration::from_secs(10);
-
-/// The first pause of all.
-const FIRST_PAUSE: Duration = Duration::from_secs(1);
-
-/// The longest pause of a backup that is down.
-const LONGEST_HOLD: Duration = Duration::from_secs(300);
-
 /// So many copies are held in memory as well as in the spool.
 const MOST_HELD: usize = 1000;
 
 /// The spool is looked at again after this time: for what others were at, have put there, or what
 /// could not be read.
 const LOOK_AGAIN: Duration = Duration::from_secs(60);
-
-/// The longest pause of a copy that is deferred for itself.
-const LONGEST_DEFERRAL: Duration = Duration::from_secs(3600);
 
 /// How backups are served.
 #[derive(Debug, Clone)]
@@ -76,31 +66,6 @@ pub struct Plan {
     pub tries_again: bool,
     /// Where copies lie that are owed.
     pub spool: Option<Arc<Spool>>,
-}
-
-/// A copy to be tried.
-pub enum Job {
-    /// One that is held in memory, and perhaps in the spool as well.
-    Held(Copy),
-    /// One of the spool.
-    Stored(Entry),
-}
-
-impl Job {
-    fn id(&self) -> QueueId {
-        match self {
-            Job::Held(copy) => copy.message.id,
-            Job::Stored(entry) => entry.id,
-        }
-    }
-
-    /// Nothing is lost when this goes.
-    fn is_stored(&self) -> bool {
-        match self {
-            Job::Held(copy) => copy.is_stored(),
-            Job::Stored(_) => true,
-        }
-    }
 }
 
 /// One backup. Shared by workers and agents.
@@ -120,50 +85,6 @@ pub struct Backup {
     dsn_missed: AtomicBool,
 }
 
-struct State {
-    /// Not tried yet, oldest first.
-    queue: VecDeque<Job>,
-    /// The spool has copies that are not in `queue` and may be tried from this time on.
-    pass_at: Option<Instant>,
-    /// A pass over the spool that is going on; gone while an agent reads.
-    reader: Option<Reader>,
-    is_reading: bool,
-    /// By the time of their next attempt.
-    deferred: BTreeMap<(Instant, u64), Copy>,
-    /// Names the entries of `deferred` apart.
-    serial: u64,
-    /// Delivered, though the spool could not be told.
-    delivered: HashSet<QueueId>,
-    /// Being sent at this moment; true for those of the spool.
-    in_flight: Vec<(QueueId, bool)>,
-    hold: Option<Hold>,
-    /// It has taken or refused a copy before.
-    has_answered: bool,
-    /// It failed as a whole, and nothing is tried again: why.
-    given_up: Option<String>,
-    agents: usize,
-    /// Agents that wait for a copy.
-    idle: usize,
-    /// One of them looks for itself in a moment.
-    lingers: bool,
-    /// An agent waits for the end of the hold.
-    prober: bool,
-    /// Agents that were refused a connection and wait to try again.
-    refused: usize,
-    /// It has refused one connection more, which is said once.
-    full: bool,
-    /// What it said then, until it is known whether the others are served.
-    refusal: Option<String>,
-    /// Cloned for each agent, until the drain begins.
-    alive: Option<Sender<()>>,
-}
-
-/// The backup as a whole is not tried before `until`.
-struct Hold {
-    until: Instant,
-    pause: Duration,
-}
-
 /// An agent's leave to exist. The drain knows by its drop that the last has ended.
 pub struct Leave {
     _alive: Sender<()>,
@@ -178,33 +99,12 @@ impl Backup {
         alive: &Sender<()>,
     ) -> Backup {
         let pass_at = plan.spool.as_ref().filter(|_| plan.tries_again).map(|_| Instant::now());
-        let state = State {
-            queue: VecDeque::new(),
-            pass_at,
-            reader: None,
-            is_reading: false,
-            deferred: BTreeMap::new(),
-            serial: 0,
-            delivered: HashSet::new(),
-            in_flight: Vec::new(),
-            hold: None,
-            has_answered: false,
-            given_up: None,
-            agents: 0,
-            idle: 0,
-            lingers: false,
-            prober: false,
-            refused: 0,
-            full: false,
-            refusal: None,
-            alive: Some(alive.clone()),
-        };
         Backup {
             gets_copies,
             name: destination.to_string(),
             destination,
             plan,
-            state: Mutex::new(state),
+            state: Mutex::new(State::new(pass_at, alive.clone())),
             wake: Condvar::new(),
             end: Condvar::new(),
             dsn_missed: AtomicBool::new(false),
@@ -328,163 +228,6 @@ impl Backup {
         Ok(connection)
     }
 
-    /// The backup has answered: it is not down, or not any more.
-    pub fn is_up(&self) {
-        let mut state = self.state();
-        if let Some(why) = state.refusal.take()
-            && !std::mem::replace(&mut state.full, true)
-        {
-            maillog::backup_full(&self.destination, &why);
-        }
-        let was_held = state.hold.take().is_some();
-        if was_held {
-            maillog::backup_back(&self.destination);
-        }
-        // The first time also what another process may have left.
-        let is_first = !std::mem::replace(&mut state.has_answered, true);
-        if is_first || was_held {
-            self.release_all();
-        }
-    }
-
-    /// An attempt has ended, and nothing is owed of this copy any more.
-    pub fn done(&self, copy: &Copy) {
-        self.remove_stored(copy);
-        self.state().landed(copy.message.id);
-    }
-
-    /// An attempt ended in nothing, by a defect of ours.
-    pub fn abandon(&self, id: QueueId) {
-        let mut state = self.state();
-        // One that is in memory alone stays in flight, to be named at the end.
-        if state.in_flight.contains(&(id, true)) {
-            state.landed(id);
-            state.wants_pass(Instant::now() + LOOK_AGAIN);
-        }
-    }
-
-    /// A connection was refused while others work: the backup may not be down, but take no more at
-    /// once. The copy goes back for an agent that has its connection; this one waits, to try
-    /// again in case that the others are stuck. Gives the copy when it is not so.
-    pub fn give_back(&self, mut copy: Copy, failure: &Failure) -> Option<Copy> {
-        let mut state = self.state();
-        // The last of all that are refused finds nobody at work, and holds the backup.
-        let others_work = state.agents - state.refused > 1;
-        let is_draining = state.alive.is_none();
-        if !failure.is_before_mail() || !others_work || state.hold.is_some() || is_draining {
-            return Some(copy);
-        }
-        copy.attempts -= 1;
-        copy.claim = None;
-        state.landed(copy.message.id);
-        state.queue.push_front(Job::Held(copy));
-        state.refusal = Some(failure.to_string());
-        self.wake.notify_one();
-        let until = Instant::now() + REFUSED;
-        state.refused += 1;
-        while state.alive.is_some()
-            && state.hold.is_none()
-            && let Some(left) = until.checked_duration_since(Instant::now())
-        {
-            state = self.end.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
-        }
-        state.refused -= 1;
-        None
-    }
-
-    /// The backup failed: all its copies wait. This one may be the reason, and waits for itself as
-    /// well.
-    pub fn hold(&self, copy: Copy, failure: &Failure) {
-        if matches!(failure, Failure::Stopping(_)) && copy.is_stored() {
-            return self.state().landed(copy.message.id);
-        }
-        if !self.plan.tries_again {
-            return self.give_up(&copy, failure);
-        }
-        let now = Instant::now();
-        let mut state = self.state();
-        let before = state.hold.as_ref().map(|hold| (hold.until, hold.pause));
-        let until = match before {
-            // Agents that were at work when it went down report the same outage.
-            Some((until, _)) if until > now => until,
-            _ => {
-                let pause = before.map_or(FIRST_PAUSE, |(_, pause)| (pause * 2).min(LONGEST_HOLD));
-                let until = now + jittered(pause);
-                state.hold = Some(Hold { until, pause });
-                // The others are not served either: who waits for them need not.
-                state.refusal = None;
-                self.end.notify_all();
-                self.hold_all(until - now, failure);
-                until
-            }
-        };
-        let until = until.max(now + own_pause(&copy, LONGEST_HOLD));
-        if !matches!(failure, Failure::Stopping(_)) {
-            if before.is_none() {
-                maillog::backup_down(&self.destination, &failure.to_string());
-            }
-            self.log_deferred(&copy, until, &format!("error: {failure}"));
-        }
-        // One that brought the backup down waits for itself.
-        self.put_off(&mut state, copy, until, &failure.to_string(), !failure.is_before_mail());
-    }
-
-    /// The backup failed, and nothing is tried again: this copy is lost, and all that wait for it.
-    fn give_up(&self, copy: &Copy, failure: &Failure) {
-        let mut state = self.state();
-        state.landed(copy.message.id);
-        let why = failure.to_string();
-        if state.given_up.is_none() {
-            maillog::backup_down(&self.destination, &why);
-            self.hold_all(stored::ONE_PASS, failure);
-        }
-        self.not_tried(copy.message.id, copy.is_stored(), &why);
-        for job in std::mem::take(&mut state.queue) {
-            self.not_tried(job.id(), job.is_stored(), &why);
-        }
-        state.given_up = Some(why);
-    }
-
-    /// A copy gets no attempt any more: the spool keeps it, or it is lost.
-    fn not_tried(&self, id: QueueId, is_stored: bool, why: &str) {
-        match is_stored {
-            true => maillog::copy_kept(id, &self.destination, why),
-            false => maillog::copy_lost(id, &self.destination, why),
-        }
-    }
-
-    /// It failed as a whole, and nothing is tried again.
-    pub fn is_given_up(&self) -> bool {
-        self.state().given_up.is_some()
-    }
-
-    /// The backup deferred this copy, or some of its recipients: those wait for themselves.
-    pub fn defer(&self, copy: Copy, why: &str) {
-        if !self.plan.tries_again && !copy.is_stored() {
-            self.state().landed(copy.message.id);
-            return maillog::copy_lost(copy.message.id, &self.destination, why);
-        }
-        let until = Instant::now() + own_pause(&copy, LONGEST_DEFERRAL);
-        if self.is_too_old(&copy) {
-            return self.expire(&copy, why);
-        }
-        self.log_deferred(&copy, until, why);
-        self.put_off(&mut self.state(), copy, until, why, true);
-    }
-
-    fn log_deferred(&self, copy: &Copy, until: Instant, why: &str) {
-        let next = until.saturating_duration_since(Instant::now()).as_secs_f64().round() as u64;
-        let message = &copy.message;
-        maillog::copy_deferred(
-            message.id,
-            &self.destination,
-            message.accepted,
-            copy.attempts,
-            next,
-            why,
-        );
-    }
-
     /// No copy comes any more: the agents finish what can be finished and end.
     pub fn close(&self) {
         let mut state = self.state();
@@ -521,58 +264,4 @@ impl Backup {
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-impl State {
-    fn defer(&mut self, copy: Copy, until: Instant) {
-        self.landed(copy.message.id);
-        self.serial += 1;
-        self.deferred.insert((until, self.serial), copy);
-    }
-
-    /// Takes the copy that is to be tried now.
-    fn pick(&mut self, now: Instant) -> Option<Job> {
-        // A backup that is down is tried with a copy that has not failed, if there is one: what
-        // brings it down may be the copy that has.
-        let job = match self.hold {
-            Some(_) => self.queue.pop_front().or_else(|| self.pick_deferred(now)),
-            None => self.pick_deferred(now).or_else(|| self.queue.pop_front()),
-        }?;
-        self.in_flight.push((job.id(), job.is_stored()));
-        Some(job)
-    }
-
-    fn pick_deferred(&mut self, now: Instant) -> Option<Job> {
-        let due = self.deferred.first_entry().filter(|first| first.key().0 <= now)?;
-        Some(Job::Held(due.remove()))
-    }
-
-    fn landed(&mut self, id: QueueId) {
-        if let Some(at) = self.in_flight.iter().position(|(other, _)| *other == id) {
-            self.in_flight.swap_remove(at);
-        }
-    }
-
-    /// The spool is to be read again, from this time on.
-    fn wants_pass(&mut self, at: Instant) {
-        self.pass_at = Some(self.pass_at.map_or(at, |other| other.min(at)));
-    }
-
-    /// It is time to read the spool, or to read on.
-    fn is_pass_due(&self, now: Instant) -> bool {
-        let is_due = self.reader.is_some() || self.pass_at.is_some_and(|at| at <= now);
-        is_due && self.alive.is_some() && !self.is_reading
-    }
-}
-
-/// How long a copy waits after its last attempt, for itself alone.
-fn own_pause(copy: &Copy, longest: Duration) -> Duration {
-    let doublings = copy.attempts.saturating_sub(1).min(12);
-    jittered((FIRST_PAUSE * (1 << doublings)).min(longest))
-}
-
-/// Up to a fifth more or less, so that many who fail together do not come back together.
-fn jittered(pause: Duration) -> Duration {
-    let noise = std::hash::BuildHasher::hash_one(&std::hash::RandomState::new(), 0u8);
-    pause.mul_f64(0.8 + 0.4 * (noise as f64 / u64::MAX as f64))
 }

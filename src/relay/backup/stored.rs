@@ -9,7 +9,8 @@ use std::io::{self, ErrorKind};
 use std::sync::{Arc, MutexGuard};
 use std::time::{Duration, Instant, SystemTime};
 
-use super::{Backup, Job, LOOK_AGAIN, State};
+use super::state::State;
+use super::{Backup, Job, LOOK_AGAIN};
 use crate::maillog;
 use crate::message::Message;
 use crate::relay::connection::Failure;
