@@ -8,6 +8,7 @@
 //! These tests need root, and the launchers installed. Without them they say so and pass, but not
 //! when CI is set.
 
+mod booted;
 #[path = "../common/mod.rs"]
 mod common;
 mod inetd;
@@ -158,8 +159,12 @@ struct Gate {
 impl Gate {
     /// A primary behind this gate.
     fn options(&self) -> SinkOptions {
+        SinkOptions::replying(self.reply())
+    }
+
+    fn reply(&self) -> impl Fn(&Event) -> Action + Send + Sync + 'static {
         let gate = self.clone();
-        SinkOptions::replying(move |event| {
+        move |event| {
             if matches!(event, Event::EndOfData(_)) && !gate.reached.swap(true, Ordering::SeqCst) {
                 let end = Instant::now() + PATIENCE;
                 while !gate.open.load(Ordering::SeqCst) && Instant::now() < end {
@@ -167,7 +172,7 @@ impl Gate {
                 }
             }
             Action::Default
-        })
+        }
     }
 
     /// Waits until a final dot waits here.

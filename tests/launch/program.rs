@@ -56,9 +56,8 @@ impl Program {
             let exe = fs::read_link(format!("/proc/{pid}/exe"));
             exe.is_ok_and(|exe| exe == self.path || exe == Path::new(&removed))
         };
-        let entries = fs::read_dir("/proc").unwrap().filter_map(Result::ok);
-        let numbers = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
-        let mut pids: Vec<u32> = numbers.filter(is_ours).collect();
+        let mut pids = pids();
+        pids.retain(is_ours);
         pids.sort_unstable();
         pids
     }
@@ -104,6 +103,12 @@ impl Drop for Program {
             kill("KILL", pid);
         }
     }
+}
+
+/// All processes.
+pub fn pids() -> Vec<u32> {
+    let entries = fs::read_dir("/proc").unwrap().filter_map(Result::ok);
+    entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect()
 }
 
 /// Sends a signal; whether there was somebody to get it.

@@ -22,7 +22,7 @@ use tempfile::TempDir;
 pub const PATIENCE: Duration = Duration::from_secs(120);
 
 /// The folders where programs are sought: those of root, whatever the PATH of this process.
-const FOLDERS: &str = "/usr/sbin:/usr/bin:/sbin:/bin";
+pub const FOLDERS: &str = "/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// Whether these tests can run here. Under CI they have to.
 pub fn available() -> bool {
