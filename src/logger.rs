@@ -5,6 +5,7 @@
 //! the `log` crate. Logging never holds up mail: datagrams that are not taken at once wait in
 //! memory, those that find no room there are lost, and the next line says how many were.
 
+use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::io::{self, ErrorKind, IsTerminal};
 use std::os::fd::AsFd;
@@ -78,6 +79,11 @@ impl Place {
     }
 }
 
+thread_local! {
+    /// Where the last panic of this thread happened.
+    static LAST_PANIC: RefCell<String> = RefCell::default();
+}
+
 /// Logs from now on to `place`, what is at `level` or above unless RUST_LOG says otherwise. Panics
 /// are logged as well, with where they happened.
 pub fn start(place: Place, level: LevelFilter) {
@@ -94,7 +100,13 @@ fn log_panic(panic: &PanicHookInfo) {
     let payload = panic.payload();
     let text = payload.downcast_ref::<&str>().copied();
     let text = text.or_else(|| payload.downcast_ref::<String>().map(String::as_str));
+    LAST_PANIC.set(place.clone());
     error!("panic at {place}: {}", text.unwrap_or("no message"));
+}
+
+/// Where the last panic of this thread happened, for who has caught it: `src/file.rs:12:34`.
+pub fn last_panic() -> String {
+    LAST_PANIC.take()
 }
 
 struct Logger {

@@ -10,6 +10,7 @@ use std::time::Instant;
 use log::{Level, debug, error, info, log, warn};
 
 use crate::config::Config;
+use crate::logger::last_panic;
 use crate::message::{QueueId, Scratch};
 use crate::relay::connection::{Failure, delay};
 use crate::relay::destination::Destination;
@@ -119,9 +120,9 @@ pub fn over_limit(client: SocketAddr, reply: &Reply, key: &str) {
     info!("client={client} heard ({reply}), because of {key}");
 }
 
-/// A thread of ours panicked; nothing else suffers.
+/// A thread of ours panicked, which was caught there; nothing else suffers.
 pub fn panicked(who: &str) {
-    error!("{who}: a defect of smtp-dup ended this (the line before says where); please report it");
+    error!("{who}: a defect of smtp-dup, at {}, ended this; please report it", last_panic());
 }
 
 /// A thread could not be started.

@@ -224,14 +224,15 @@ impl Door<'_, '_, '_> {
         None
     }
 
-    /// Serves a client on this thread. A panic ends its session alone.
+    /// Serves a client on this thread. A panic ends its session alone, with a 421.
     fn serve(&self, stream: TcpStream, address: SocketAddr) {
         if prepare(&stream).is_err() {
             return;
         }
-        let session = Session::new(stream, address, self.shared, self.agents);
+        let mut session = Session::new(stream, address, self.shared, self.agents);
         if catch_unwind(AssertUnwindSafe(|| session.serve())).is_err() {
             maillog::panicked(&format!("client={address}"));
+            session.apologise();
         }
     }
 

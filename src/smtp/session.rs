@@ -117,7 +117,7 @@ impl<'a, 'scope, 'env> Session<'a, 'scope, 'env> {
     }
 
     /// Serves the client until either side ends it.
-    pub fn serve(mut self) {
+    pub fn serve(&mut self) {
         let address = self.client.address;
         maillog::connected(address);
         let Err(end) = self.converse();
@@ -132,6 +132,15 @@ impl<'a, 'scope, 'env> Session<'a, 'scope, 'env> {
         maillog::disconnected(address, how);
         // First, so that a client that follows this one finds the connection in the pool.
         self.primary.release();
+        self.client.flush_and_close();
+    }
+
+    /// Ends a session that a panic has left in whatever state. Its connection to the primary goes
+    /// without a dot.
+    pub fn apologise(&mut self) {
+        self.primary.abort();
+        let text = "a defect of smtp-dup has ended this session; try again later";
+        self.client.say(&Reply::new(421, "4.3.0", text));
         self.client.flush_and_close();
     }
 
