@@ -19,6 +19,9 @@ use crate::shutdown::Deadline;
 /// clients are many; one that sends more at once gets a bigger buffer.
 const COMMAND_BUFFER: usize = MAX_COMMAND_LINE + 256;
 
+/// Replies are collected up to about so many octets before they are written.
+const MAX_UNSAID: usize = 16 * 1024;
+
 /// The client closed, or the network did.
 #[derive(Debug)]
 pub struct Gone;
@@ -51,20 +54,29 @@ impl<'a> Client<'a> {
         self.output.extend_from_slice(reply.wire());
     }
 
-    /// Writes all replies at once.
+    /// Writes the replies if they are many: a client must not make us hold more and more of them.
+    pub fn flush_much(&mut self) -> Result<(), Gone> {
+        if self.output.len() < MAX_UNSAID { Ok(()) } else { self.flush() }
+    }
+
+    /// Writes all replies at once; all together must be taken within `smtp.timeout_seconds`. After
+    /// a failure none of them is left, for nothing must be said twice.
     pub fn flush(&mut self) -> Result<(), Gone> {
         let deadline = Deadline::of_transaction(self.shared.timeout, self.shared.shutdown);
-        let mut rest = self.output.as_slice();
+        let output = std::mem::take(&mut self.output);
+        let mut rest = output.as_slice();
         while !rest.is_empty() {
             match self.stream.write(rest) {
                 Ok(0) => return Err(Gone),
                 Ok(n) => rest = &rest[n..],
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(error) if is_tick(&error) => deadline.left().map(drop).map_err(|_| Gone)?,
+                Err(error) if is_tick(&error) => {}
                 Err(_) => return Err(Gone),
             }
+            if !rest.is_empty() && deadline.left().is_err() {
+                return Err(Gone);
+            }
         }
-        self.output.clear();
         Ok(())
     }
 

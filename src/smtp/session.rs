@@ -30,6 +30,11 @@ use crate::spool::Spool;
 /// is cut off. What the primary refuses does not count.
 const MAX_ERRORS: u32 = 20;
 
+/// A session in which no message comes to its end has so many times `smtp.timeout_seconds`, what the
+/// primary takes aside: commands that lead to nothing cannot keep a worker, while a thousand
+/// recipients at a slow primary need their time.
+const WITHOUT_MAIL: u32 = 10;
+
 /// What all sessions share.
 pub struct Shared<'a> {
     /// Our name in the greeting.
@@ -38,7 +43,7 @@ pub struct Shared<'a> {
     pub max_message_size: u64,
     /// Recipients of a message.
     pub max_recipients: usize,
-    /// Longest silence of a client.
+    /// Longest silence of a client, and the longest that a command line may take to come.
     pub timeout: Duration,
     /// Connections to the primary.
     pub primary: &'a Pool,
@@ -64,6 +69,8 @@ pub struct Session<'a, 'scope, 'env> {
     /// EHLO or HELO was accepted.
     greeted: bool,
     transaction: Option<Transaction>,
+    /// The session began, or its last message came to its end; later by what the primary took.
+    without_mail_since: Instant,
     /// The last that the client did was to send a message.
     behind_a_message: bool,
     /// The primary refused the last MAIL: what the client had sent behind it is no mistake.
@@ -110,6 +117,7 @@ impl<'a, 'scope, 'env> Session<'a, 'scope, 'env> {
             primary: Primary::new(shared.primary, shared.shutdown, shared.max_message_size),
             greeted: false,
             transaction: None,
+            without_mail_since: Instant::now(),
             behind_a_message: false,
             mail_refused: false,
             errors: 0,
@@ -152,6 +160,7 @@ impl<'a, 'scope, 'env> Session<'a, 'scope, 'env> {
                 self.relay(&run)?;
                 continue;
             }
+            self.client.flush_much()?;
             match self.client.input.peek_line() {
                 Line::Whole(line) => {
                     let command = Command::parse(line);
@@ -162,16 +171,17 @@ impl<'a, 'scope, 'env> Session<'a, 'scope, 'env> {
                     self.client.input.consume_line();
                     self.mistake(Reply::new(500, "5.5.2", "line too long"))?;
                 }
-                Line::Partial => self.read_commands()?,
+                Line::Partial => self.read_line()?,
             }
         }
     }
 
-    /// Waits for more commands.
-    fn read_commands(&mut self) -> Result<(), End> {
+    /// Waits for a command line, for so long until it has come whole.
+    fn read_line(&mut self) -> Result<(), End> {
         self.client.flush()?;
+        let begun = Instant::now();
         let deadline = Deadline::of_transaction(self.shared.timeout, self.shared.shutdown);
-        loop {
+        while self.client.input.peek_line() == Line::Partial {
             // Before each read: a client that never falls silent must hear of it too.
             if self.transaction.is_none() && self.shared.shutdown.dismisses(self.behind_a_message) {
                 return self.close(&stopping());
@@ -179,13 +189,16 @@ impl<'a, 'scope, 'env> Session<'a, 'scope, 'env> {
             if let Err(expired) = deadline.left() {
                 return self.close(&expiry(expired));
             }
-            if self.client.read()? {
-                return Ok(());
+            if self.without_mail_since.elapsed() > self.shared.timeout * WITHOUT_MAIL {
+                return self.close(&Reply::new(421, "4.4.2", "no message for too long a time"));
             }
-            // The client was silent for a tick: others may need what it does not use.
-            self.primary.release();
-            self.client.hold_little();
+            if !self.client.read()? || begun.elapsed() > TICK {
+                // Others may need what this client does not use.
+                self.primary.release();
+                self.client.hold_little();
+            }
         }
+        Ok(())
     }
 
     /// Takes from the input the commands that can go to the primary together, `[MAIL] RCPT*
@@ -241,7 +254,10 @@ impl<'a, 'scope, 'env> Session<'a, 'scope, 'env> {
                 self.client.flush().inspect_err(|_| self.primary.abort())?;
                 flushed = Instant::now();
             }
+            self.client.flush_much().inspect_err(|_| self.primary.abort())?;
+            let asked = Instant::now();
             let reply = self.primary.answer(command, n == 0);
+            self.without_mail_since += asked.elapsed();
             self.relayed(command, reply)?;
         }
         Ok(())

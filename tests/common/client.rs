@@ -6,6 +6,8 @@ use std::net::{IpAddr, Shutdown, SocketAddr, TcpStream};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use nix::sys::socket::{setsockopt, sockopt};
+
 use super::{BOUND, bound, connect};
 
 /// A connection to smtp-dup.
@@ -159,6 +161,19 @@ impl Client {
             }
         }
         std::mem::take(&mut self.input)
+    }
+
+    /// From now on about so many octets that were not read find room on our side.
+    pub fn hold(&self, octets: usize) {
+        setsockopt(&self.stream, sockopt::RcvBuf, &octets).unwrap();
+    }
+
+    /// Reads once, and takes whatever that gave; nothing at the end, however that came.
+    pub fn read_if_any(&mut self) -> Option<Vec<u8>> {
+        if self.input.is_empty() && !matches!(self.read(Instant::now() + BOUND), Ok(1..)) {
+            return None;
+        }
+        Some(std::mem::take(&mut self.input))
     }
 
     /// Waits for a whole reply.

@@ -4,7 +4,7 @@
 //! or the failure that kept the message from it.
 
 use std::io;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::{End, Session, Transaction, expiry};
 use crate::maillog;
@@ -18,6 +18,33 @@ use crate::spool::draft::Draft;
 
 /// This much of a message is passed on at once, if the client sends it without a pause.
 const PASS_ON: usize = 64 * 1024;
+
+/// A client that sends a message slower than this, in octets a second, uses up its time. Postfix has
+/// the same rate (`smtpd_min_data_rate`): half of what a modem of 9600 bit/s brings.
+const MIN_RATE: u64 = 500;
+
+/// The time that a client has for its message. Waiting uses it up, what comes fills it again, at
+/// [`MIN_RATE`] and never over what it was at first. So no silence is longer than that, and a
+/// trickle ends when that is used up.
+struct Patience {
+    most: Duration,
+    left: Duration,
+}
+
+impl Patience {
+    fn new(most: Duration) -> Patience {
+        Patience { most, left: most }
+    }
+
+    fn waited(&mut self, time: Duration) {
+        self.left = self.left.saturating_sub(time);
+    }
+
+    fn received(&mut self, octets: usize) {
+        let earned = Duration::from_micros(octets as u64 * 1_000_000 / MIN_RATE);
+        self.left = self.most.min(self.left + earned);
+    }
+}
 
 impl<'a> Session<'a, '_, '_> {
     /// Receives the message behind a 354 and passes it on while it comes.
@@ -51,6 +78,7 @@ impl<'a> Session<'a, '_, '_> {
                 None => {}
             }
         }
+        self.without_mail_since = Instant::now();
         self.grammar.step(Step::EndOfData, &reply);
         self.primary.reset();
         if reply.code() == 421 {
@@ -86,10 +114,12 @@ impl<'a> Session<'a, '_, '_> {
     ) -> Result<Reply, End> {
         let mut outcome = opened;
         self.client.hold_much();
+        let mut patience = Patience::new(self.shared.timeout);
         if self.client.input.unread().is_empty() {
-            self.read_message()?;
+            self.read_message(&mut patience)?;
         }
         loop {
+            patience.received(self.client.input.unread().len());
             let ended = message.decode(&mut self.client.input);
             if outcome.is_ok() && self.is_too_big(message.size()) {
                 maillog::over_limit(self.client.address, &self.too_big(), "smtp.max_message_size");
@@ -117,7 +147,7 @@ impl<'a> Session<'a, '_, '_> {
                     return Ok(reply.clone());
                 }
             }
-            self.read_message()?;
+            self.read_message(&mut patience)?;
         }
     }
 
@@ -155,14 +185,17 @@ impl<'a> Session<'a, '_, '_> {
     }
 
     /// Waits for more of the message.
-    fn read_message(&mut self) -> Result<(), End> {
-        let deadline = Deadline::of_transaction(self.shared.timeout, self.shared.shutdown);
+    fn read_message(&mut self, patience: &mut Patience) -> Result<(), End> {
+        let begun = Instant::now();
+        let deadline = Deadline::of_transaction(patience.left, self.shared.shutdown);
         loop {
+            let has_come = self.client.read()?;
             if let Err(expired) = deadline.left() {
                 self.primary.abort();
                 return self.close(&expiry(expired));
             }
-            if self.client.read()? {
+            if has_come {
+                patience.waited(begun.elapsed());
                 return Ok(());
             }
         }
