@@ -15,6 +15,7 @@ use crate::message::{QueueId, Scratch};
 use crate::relay::connection::{Failure, delay};
 use crate::relay::destination::Destination;
 use crate::smtp::envelope::{Envelope, Path};
+use crate::smtp::foreign::Foreign;
 use crate::smtp::reply::{Class, Reply};
 
 /// The level of the first and the last line: a process for one client is no event.
@@ -113,6 +114,13 @@ pub fn transaction_lost(id: QueueId, client: SocketAddr, how: &str) {
 /// A command that was answered by us with an error.
 pub fn command_refused(client: SocketAddr, reply: &Reply) {
     debug!("client={client} heard ({reply})");
+}
+
+/// A client sent something else, beginning like this.
+pub fn not_smtp(client: SocketAddr, what: Foreign, head: &[u8]) {
+    let line = head.split(|&octet| octet == b'\n').next().unwrap_or(head);
+    let excerpt = line[..line.len().min(60)].trim_ascii_end().escape_ascii();
+    warn!("client={client} cut off: it sent {what}, not SMTP: \"{excerpt}\"");
 }
 
 /// A limit of the configuration refused something.

@@ -3,6 +3,7 @@
 pub mod client;
 pub mod command;
 pub mod envelope;
+pub mod foreign;
 pub mod grammar;
 pub mod incoming;
 pub mod reply;

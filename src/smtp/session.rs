@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use super::client::{Client, Gone};
 use super::command::{Command, Malformed, Relayed};
 use super::envelope::{Envelope, Path};
+use super::foreign::Foreign;
 use super::grammar::{Grammar, Step};
 use super::reply::{Class, Reply};
 use super::wire::Line;
@@ -172,6 +173,7 @@ impl<'a, 'scope, 'env> Session<'a, 'scope, 'env> {
                     self.mistake(Reply::new(500, "5.5.2", "line too long"))?;
                 }
                 Line::Partial => self.read_line()?,
+                Line::Foreign(what) => return self.cut_off(what),
             }
         }
     }
@@ -448,6 +450,12 @@ impl<'a, 'scope, 'env> Session<'a, 'scope, 'env> {
             MAX_ERRORS.. => self.close(&Reply::new(421, "4.7.0", "too many errors")),
             _ => Ok(()),
         }
+    }
+
+    /// Ends the session of a client that does not speak SMTP, without a look at what follows.
+    fn cut_off<T>(&mut self, what: Foreign) -> Result<T, End> {
+        maillog::not_smtp(self.client.address, what, self.client.input.unread());
+        self.close(&Reply::new(421, "4.7.0", &format!("this is SMTP, not {what}")))
     }
 
     /// A last reply, and the end.

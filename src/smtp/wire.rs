@@ -11,6 +11,8 @@
 
 use memchr::{memchr, memchr2};
 
+use super::foreign::Foreign;
+
 /// Longest command line that is read, in octets, its ending included. RFC 5321 §4.5.3.1.4 asks
 /// for 512; the parameters of DSN (RFC 3461 §5.4) and SMTPUTF8 need more.
 pub const MAX_COMMAND_LINE: usize = 2048;
@@ -37,6 +39,8 @@ pub enum Line<'a> {
     TooLong,
     /// The rest of the line has not come yet.
     Partial,
+    /// No line of SMTP, whole or not.
+    Foreign(Foreign),
 }
 
 impl Input {
@@ -48,6 +52,11 @@ impl Input {
 
     /// The next command line, ended by LF or CR LF; it stays until [`Input::consume_line`].
     pub fn peek_line(&mut self) -> Line<'_> {
+        if !self.overlong
+            && let Some(what) = Foreign::find(self.unread())
+        {
+            return Line::Foreign(what);
+        }
         match memchr(b'\n', self.unread()) {
             Some(at) if self.overlong || at >= MAX_COMMAND_LINE => Line::TooLong,
             Some(at) => {

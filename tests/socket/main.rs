@@ -1,9 +1,9 @@
 //! The whole program over real TCP, between a client of ours and scripted destinations.
 //!
 //! One file for each part of the work: what a client can do (`receiving`) and how long it may take
-//! (`patience`), what the primary can do to it (`primary`), where a message ends (`smuggling`), the
-//! copies (`backups`), the end of the process (`ending`), the configuration (`config`); and the
-//! design's promises (`promises`).
+//! (`patience`), who is no mail client (`foreign`), what the primary can do to it (`primary`), where
+//! a message ends (`smuggling`), the copies (`backups`), the end of the process (`ending`), the
+//! configuration (`config`); and the design's promises (`promises`).
 
 #[path = "../common/mod.rs"]
 mod common;
@@ -11,6 +11,7 @@ mod common;
 mod backups;
 mod config;
 mod ending;
+mod foreign;
 mod patience;
 mod primary;
 mod promises;
