@@ -10,6 +10,7 @@ use std::time::Instant;
 use log::{Level, debug, error, info, log, warn};
 
 use crate::config::Config;
+use crate::launch::descriptors::Shortage;
 use crate::logger::last_panic;
 use crate::message::{QueueId, Scratch};
 use crate::relay::connection::{Failure, delay};
@@ -53,9 +54,11 @@ pub fn scratch_unusable(place: &Scratch, failure: &std::io::Error) {
 }
 
 /// The limit on open files does not do for all connections that the configuration allows.
-pub fn few_descriptors(needed: u64, limit: u64) {
+pub fn few_descriptors(shortage: &Shortage) {
+    let Shortage { needed, limit, clients } = shortage;
     warn!(
         "the limit on open files is {limit}, but all connections may need {needed}: \
+         serving {clients} clients at a time; \
          raise it (ulimit -n, LimitNOFILE) or lower smtp.max_connections; \
          without a spool, copies of messages over 256 KiB are not kept"
     );
@@ -93,7 +96,7 @@ pub fn client_turned_away(client: SocketAddr, reason: &str) {
 
 /// accept(2) failed.
 pub fn accept_failed(failure: &std::io::Error) {
-    error!("accept: {failure}; trying again");
+    error!("accept: {failure}; trying again, 5 times a second");
 }
 
 /// A session came.

@@ -44,8 +44,12 @@ const WORKER_WAIT: Duration = Duration::from_secs(5);
 /// How often a flush looks whether its passes are over.
 const FLUSH_LOOK: Duration = Duration::from_millis(20);
 
-/// How long accept(2) is left alone after it failed, mostly for want of descriptors.
+/// How long accept(2) is left alone after it failed, mostly for want of descriptors. Those who
+/// wait for it wait in the kernel's queue.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
+
+/// So often at most it is said that accept(2) fails.
+const SAY_AGAIN: Duration = Duration::from_secs(60);
 
 /// Serves `clients` and ends as smtp-dup(8) says under SIGNALS. Messages lie in `store`; `tie` is
 /// there when a keeper watches over this process, see [`crate::launch::master`].
@@ -87,10 +91,13 @@ pub fn run(
         let tried = store.scratch.try_out();
         tried.unwrap_or_else(|error| maillog::scratch_unusable(&store.scratch, &error));
     }
-    let files = descriptors::for_copies(config).unwrap_or_else(|(needed, limit)| {
-        maillog::few_descriptors(needed, limit);
-        0
-    });
+    let (files, most_clients) = match descriptors::for_copies(config) {
+        Ok(files) => (files, config.max_connections),
+        Err(shortage) => {
+            maillog::few_descriptors(&shortage);
+            (0, shortage.clients)
+        }
+    };
     thread::scope(|outer| {
         let agents = Agents::new(outer, &backups, &shutdown);
         let shared = Shared {
@@ -112,13 +119,15 @@ pub fn run(
                 door.serve_one(stream);
             }
             Clients::Many(listeners) => {
-                let workers =
-                    Workers { door, most: config.max_connections, desk: Mutex::default() };
+                let workers = Workers { door, most: most_clients, desk: Mutex::default() };
                 let bell = signals.bell()?;
                 let wakers = Wakers { signals, bell, tie };
                 if let Some(spool) = &store.spool {
                     agents.resume();
-                    outer.spawn(|| sweep(spool, config));
+                    let thread = Builder::new().name("sweep".into());
+                    if let Err(error) = thread.spawn_scoped(outer, || sweep(spool, config)) {
+                        maillog::sweep_failed(&error);
+                    }
                 }
                 thread::scope(|inner| workers.accept(inner, listeners, wakers));
             }
@@ -285,7 +294,7 @@ impl Workers<'_, '_, '_> {
     ) {
         let Wakers { signals, bell, tie } = wakers;
         let shared = self.door.shared;
-        let mut pause = None;
+        let (mut pause, mut said) = (None, None::<Instant>);
         let is_relieved = loop {
             let wake =
                 [self.turn_away_late(), shared.primary.reap(), pause].into_iter().flatten().min();
@@ -314,7 +323,10 @@ impl Workers<'_, '_, '_> {
                     Ok((stream, address)) => self.admit(scope, stream, address),
                     Err(error) if is_passing(&error) => {}
                     Err(error) => {
-                        maillog::accept_failed(&error);
+                        if said.is_none_or(|said| said.elapsed() > SAY_AGAIN) {
+                            maillog::accept_failed(&error);
+                            said = Some(Instant::now());
+                        }
                         pause = Some(Instant::now() + ACCEPT_PAUSE);
                     }
                 }
@@ -412,9 +424,10 @@ fn reject(stream: &TcpStream, reply: &Reply) {
     let _ = stream.shutdown(std::net::Shutdown::Write);
 }
 
-/// The client has gone again, or another signal came: nothing is wrong with the listener.
-fn is_passing(error: &std::io::Error) -> bool {
-    use std::io::ErrorKind::{ConnectionAborted, Interrupted, WouldBlock};
+/// The client has gone again, or a signal came: nothing is wrong, and the next may be accepted at
+/// once. All else is: accept(2) would fail again for as long as somebody waits, without a pause.
+fn is_passing(error: &io::Error) -> bool {
+    use io::ErrorKind::{ConnectionAborted, Interrupted, WouldBlock};
     matches!(error.kind(), ConnectionAborted | Interrupted | WouldBlock)
 }
 
@@ -423,4 +436,28 @@ fn timeout(wake: Option<Instant>) -> PollTimeout {
     let Some(wake) = wake else { return PollTimeout::NONE };
     let left = wake.saturating_duration_since(Instant::now()).as_millis() + 1;
     PollTimeout::try_from(left.min(60_000)).unwrap_or(PollTimeout::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use nix::errno::Errno;
+
+    use super::*;
+
+    #[test]
+    fn what_accept_says() {
+        for (errno, passes) in [
+            (Errno::ECONNABORTED, true),
+            (Errno::EINTR, true),
+            (Errno::EAGAIN, true),
+            (Errno::EMFILE, false),
+            (Errno::ENFILE, false),
+            (Errno::ENOMEM, false),
+            (Errno::ENOBUFS, false),
+            (Errno::EPERM, false),
+            (Errno::ENETDOWN, false),
+        ] {
+            assert_eq!(is_passing(&errno.into()), passes, "{errno}");
+        }
+    }
 }

@@ -10,18 +10,33 @@ use crate::config::Config;
 /// Open at all times, or for a moment: listeners, log, the resolver's.
 const OTHERS: u64 = 32;
 
+/// Each client, its connection to the primary, and another client that waits.
+const EACH: u64 = 3;
+
+/// The limit does not do for all connections that the configuration allows.
+pub struct Shortage {
+    /// What all of them may need.
+    pub needed: u64,
+    /// The limit.
+    pub limit: u64,
+    /// For so many clients at a time it does. More would not find a connection to the primary.
+    pub clients: usize,
+}
+
 /// Raises the limit to what the system allows, and gives how many descriptors are left for the
-/// files of copies, or how many are lacking for the connections alone.
+/// files of copies.
 ///
 /// # Errors
-/// The number of descriptors that all connections may need, and the limit.
-pub fn for_copies(config: &Config) -> Result<u64, (u64, u64)> {
+/// There are not enough for the connections alone.
+pub fn for_copies(config: &Config) -> Result<u64, Shortage> {
     let limit = raised();
-    // Each client and its connection to the primary, and as many clients that wait.
-    let clients = config.max_connections as u64 * 3;
     let agents = (config.backup_connections * config.backups.len()) as u64;
-    let connections = clients + agents + OTHERS;
-    limit.checked_sub(connections).ok_or((connections, limit))
+    let others = agents + OTHERS;
+    let needed = config.max_connections as u64 * EACH + others;
+    limit.checked_sub(needed).ok_or_else(|| {
+        let clients = (limit.saturating_sub(others) / EACH).max(1) as usize;
+        Shortage { needed, limit, clients }
+    })
 }
 
 /// The soft limit, after it was raised to the hard one.

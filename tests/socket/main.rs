@@ -2,8 +2,8 @@
 //!
 //! One file for each part of the work: what a client can do (`receiving`) and how long it may take
 //! (`patience`), who is no mail client (`foreign`), what the primary can do to it (`primary`), where
-//! a message ends (`smuggling`), the copies (`backups`), the end of the process (`ending`), the
-//! configuration (`config`); and the design's promises (`promises`).
+//! a message ends (`smuggling`), the copies (`backups`), what lacks (`shortage`), the end of the
+//! process (`ending`), the configuration (`config`); and the design's promises (`promises`).
 
 #[path = "../common/mod.rs"]
 mod common;
@@ -17,6 +17,7 @@ mod primary;
 mod promises;
 mod receiving;
 mod regressions;
+mod shortage;
 mod smuggling;
 
 use common::{Client, Dup, Sink};
