@@ -260,7 +260,12 @@ impl Sink {
         self.shared.lock().messages.iter().filter(|message| message.accepted).cloned().collect()
     }
 
-    /// How many they are.
+    /// The last of all messages so far.
+    pub fn last(&self) -> Option<Received> {
+        self.shared.lock().messages.last().cloned()
+    }
+
+    /// How many were accepted.
     pub fn accepted(&self) -> usize {
         self.shared.lock().messages.iter().filter(|message| message.accepted).count()
     }

@@ -1,9 +1,10 @@
 //! The whole program over real TCP, between a client of ours and scripted destinations.
 //!
 //! One file for each part of the work: what a client can do (`receiving`) and how long it may take
-//! (`patience`), who is no mail client (`foreign`), what the primary can do to it (`primary`), where
-//! a message ends (`smuggling`), the copies (`backups`), what lacks (`shortage`), the end of the
-//! process (`ending`), the configuration (`config`); and the design's promises (`promises`).
+//! (`patience`), who is no mail client (`foreign`), what the primary can do to it (`primary`), what
+//! hostile servers say (`replies`), where a message ends (`smuggling`), the copies (`backups`), what
+//! lacks (`shortage`), the end of the process (`ending`), the configuration (`config`); and the
+//! design's promises (`promises`).
 
 #[path = "../common/mod.rs"]
 mod common;
@@ -17,6 +18,7 @@ mod primary;
 mod promises;
 mod receiving;
 mod regressions;
+mod replies;
 mod shortage;
 mod smuggling;
 

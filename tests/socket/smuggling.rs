@@ -369,3 +369,154 @@ fn commands_behind_the_dot_in_one_segment() {
     assert_eq!(bodies, [b"one\r\n".as_slice(), b"", b"three\r\n"]);
     sinks[1].wait(3);
 }
+
+/// More of the same with NULs, in each place of each of the usual sequences.
+fn with_nuls() -> Vec<Vec<u8>> {
+    let mut all = Vec::new();
+    for sequence in SEQUENCES.iter().filter(|sequence| !sequence.contains(&0)) {
+        for at in 0..=sequence.len() {
+            for nuls in [b"\0".as_slice(), b"\0\0"] {
+                all.push([&sequence[..at], nuls, &sequence[at..]].concat());
+            }
+        }
+    }
+    // The true end, made untrue.
+    for at in 1..5 {
+        all.push([&b"\r\n.\r\n"[..at], b"\0", &b"\r\n.\r\n"[at..]].concat());
+    }
+    all.sort();
+    all.dedup();
+    all
+}
+
+#[test]
+fn no_nul_anywhere_makes_an_end() {
+    let mut relay = Relay::start();
+    for sequence in with_nuls() {
+        let (body, expected) = attack(&sequence);
+        relay.check(&body, &expected, |client, octets| client.send(octets));
+        // And where the message begins.
+        let body = [&sequence, SMUGGLED].concat();
+        relay.check(&body, &canonical(&body), |client, octets| client.send(octets));
+        relay.check(&body, &canonical(&body), |client, octets| client.send_slowly(octets));
+    }
+    relay.finish();
+}
+
+#[test]
+fn a_dot_right_behind_the_354_is_an_empty_message() {
+    let mut relay = Relay::start();
+    relay.check(b"", b"", |client, octets| {
+        assert_eq!(octets, b".\r\n");
+        client.send_slowly(octets);
+    });
+    // With the end in one segment with the DATA before it, and a transaction behind it.
+    relay
+        .client
+        .send("MAIL FROM:<a@example.com>\r\nRCPT TO:<b@example.com>\r\nDATA\r\n.\r\nVRFY x\r\n");
+    for code in [250, 250, 354, 250, 252] {
+        relay.client.expect_reply(code);
+    }
+    relay.count += 1;
+    assert!(relay.sinks[0].wait(2)[1].data.is_empty());
+    for sink in &relay.sinks {
+        sink.wait(2);
+    }
+    relay.finish();
+}
+
+#[test]
+fn no_sequence_ends_a_message_at_the_edge_of_a_buffer() {
+    // What is read at once, while commands come and within a message; what is passed on at once;
+    // what memory holds of a copy.
+    const EDGES: [usize; 4] = [2304, 64 * 1024, 128 * 1024, 256 * 1024];
+    const TRANSACTION: &[u8] = b"MAIL FROM:<a@example.com>\r\nRCPT TO:<b@example.com>\r\nDATA\r\n";
+    let line = [[b'x'; 62].as_slice(), b"\r\n"].concat();
+    thread::scope(|scope| {
+        for edge in EDGES {
+            let line = &line;
+            scope.spawn(move || {
+                // One that is strict: no other can see more in what has to arrive.
+                let primary = Sink::start();
+                let dup = Dup::start(&config(primary.addr(), &[], "", ""));
+                let mut client = Client::ready(dup.addr());
+                for (number, sequence) in SEQUENCES.iter().enumerate() {
+                    let (tail, expected) = attack(sequence);
+                    // The edge lies in each place of the sequence, whether the envelope counts
+                    // (it is in the same segment then) or not.
+                    for back in 17..=19 + sequence.len() {
+                        for before in [0, TRANSACTION.len()] {
+                            let length = edge - back - before;
+                            let mut body = b"x".repeat(length % line.len());
+                            body.extend_from_slice(b"\r\n");
+                            body.extend(line.repeat(length / line.len()));
+                            body.truncate(length.max(2) - 2);
+                            body.extend_from_slice(b"\r\n");
+                            let sent = [&body, tail.as_slice(), b".\r\n"].concat();
+                            match before {
+                                0 => {
+                                    client.send(TRANSACTION);
+                                    for code in [250, 250, 354] {
+                                        client.expect_reply(code);
+                                    }
+                                    client.send(sent);
+                                }
+                                _ => {
+                                    client.send([TRANSACTION, &sent].concat());
+                                    for code in [250, 250, 354] {
+                                        client.expect_reply(code);
+                                    }
+                                }
+                            }
+                            client.expect_reply(250);
+                            let context = || format!("{number} {edge} {back} {before}");
+                            let last = primary.last().unwrap_or_else(|| panic!("{}", context()));
+                            body.extend_from_slice(&expected);
+                            assert!(last.data == body, "{}", context());
+                        }
+                    }
+                }
+                client.expect("VRFY x", 252);
+                assert!(primary.commands().iter().all(|(_, line)| !line.contains("victim")));
+                assert_eq!(primary.accepted(), primary.count("MAIL"));
+            });
+        }
+    });
+}
+
+#[test]
+fn no_sequence_ends_a_message_that_was_refused_for_its_size() {
+    let primary = Sink::start();
+    let dup = Dup::start(&config(primary.addr(), &[], "max_message_size: 1000", ""));
+    let mut client = Client::ready(dup.addr());
+    for sequence in SEQUENCES.map(<[u8]>::to_vec).into_iter().chain(with_nuls()) {
+        client.envelope("a@example.com", &["b@example.com"]);
+        let body = [&[b'x'; 2000], b"\r\n".as_slice(), &sequence, SMUGGLED].concat();
+        // In one segment, and with the limit known before the rest comes.
+        client.send(&body[..1500]);
+        client.send([&body[1500..], b".\r\nVRFY x\r\n"].concat());
+        client.expect_reply(552);
+        client.expect_reply(252);
+    }
+    assert!(primary.attempts().is_empty());
+    assert!(primary.commands().iter().all(|(_, line)| !line.contains("victim")));
+}
+
+#[test]
+fn no_sequence_ends_a_message_within_its_header() {
+    let mut relay = Relay::start();
+    for sequence in SEQUENCES.map(<[u8]>::to_vec).into_iter().chain(with_nuls()) {
+        // In a field, between fields, in one that is folded, and in the Message-ID that is logged.
+        for (before, behind) in [
+            ("Subject: a", "b\r\n\r\nx\r\n"),
+            ("Subject: a\r\n", "To: x\r\n\r\nx\r\n"),
+            ("Subject: a\r\n b", "\r\n c\r\n\r\nx\r\n"),
+            ("Message-ID: <a", "b@example.com>\r\n\r\nx\r\n"),
+        ] {
+            let body = [before.as_bytes(), &sequence, SMUGGLED, behind.as_bytes()].concat();
+            relay.check(&body, &canonical(&body), |client, octets| client.send(octets));
+        }
+    }
+    assert!(!relay._dup.log().contains("\u{0}"), "{}", relay._dup.log());
+    relay.finish();
+}
