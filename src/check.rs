@@ -3,17 +3,27 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use ipnet::IpNet;
+
 use crate::config::Config;
 use crate::launch::privileges::become_owner;
-use crate::relay::connection::Connection;
+use crate::relay::connection::{Connection, Failure, Step};
 use crate::relay::destination::Destination;
 use crate::shutdown::{Deadline, Grace, Shutdown};
+use crate::smtp::reply::{Class, Reply};
 use crate::spool::Spool;
+
+/// A recipient that nobody has (RFC 2606 §2): who takes mail for it takes mail for anybody.
+const NOBODY: &str = "postmaster@relay-test.invalid";
 
 /// Connects to each destination, opens the spool, and prints what it found. False when the primary
 /// or the spool failed.
 pub fn run(config: &Config) -> bool {
-    let mut well = probe(config, "primary", &config.primary);
+    let primary = probe(config, "primary", &config.primary);
+    let mut well = primary.is_some();
+    if let Some(world) = config.allowed_clients.iter().find(|network| is_world(network)) {
+        warn_of_strangers(world, primary);
+    }
     for backup in &config.backups {
         probe(config, "backup", backup);
     }
@@ -31,7 +41,55 @@ pub fn run(config: &Config) -> bool {
     well
 }
 
-fn probe(config: &Config, role: &str, destination: &Destination) -> bool {
+/// A network of strangers: more of the public space than any one owner has.
+fn is_world(network: &IpNet) -> bool {
+    match network {
+        IpNet::V4(network) => network.prefix_len() < 8,
+        IpNet::V6(network) => {
+            let start = network.network();
+            network.prefix_len() < 32 && !start.is_unique_local() && !start.is_unicast_link_local()
+        }
+    }
+}
+
+/// To the primary all mail comes from this host, which it may trust with mail to anywhere: then
+/// all who may send to us have that trust.
+fn warn_of_strangers(world: &IpNet, primary: Option<Connection>) {
+    println!("smtp.allowed_clients: warning: {world} lets strangers send");
+    match primary.map(takes_mail_for_nobody) {
+        Some(Ok(reply)) if reply.class() == Class::Success => println!(
+            "  warning: an OPEN RELAY: the primary takes mail for <{NOBODY}> from here ({reply}); \
+             allow only clients that you know"
+        ),
+        Some(Ok(reply)) => println!(
+            "  the primary does not take mail for <{NOBODY}> from here ({reply}); make sure that \
+             it takes none from this host but for its own domains"
+        ),
+        Some(Err(failure)) => println!("  the primary could not be asked: {failure}"),
+        None => println!("  the primary could not be asked whether it relays for this host"),
+    }
+}
+
+/// Begins a transaction for a recipient that does not exist, and takes it back. Gives the reply that
+/// decided.
+fn takes_mail_for_nobody(mut primary: Connection) -> Result<Reply, Failure> {
+    let mut ask = |verb, line: &str| {
+        let (step, deadline) = (Step::Command(verb), Deadline::uncut(primary.limits().command));
+        primary.send(line.as_bytes(), step, deadline)?;
+        primary.reply(step, deadline)
+    };
+    let mut reply = ask("MAIL", "MAIL FROM:<>\r\n")?;
+    if reply.class() == Class::Success {
+        reply = ask("RCPT", &format!("RCPT TO:<{NOBODY}>\r\n"))?;
+    }
+    if ask("RSET", "RSET\r\n").is_ok() {
+        primary.rest();
+    }
+    Ok(reply)
+}
+
+/// Connects and prints what the server says of itself. `None` when it cannot be had.
+fn probe(config: &Config, role: &str, destination: &Destination) -> Option<Connection> {
     // Nobody watches for signals here, so that one ends the program at once.
     let grace = Grace { transactions: Duration::ZERO, copies: Duration::ZERO };
     let shutdown = Shutdown::new(grace, Arc::default());
@@ -46,11 +104,11 @@ fn probe(config: &Config, role: &str, destination: &Destination) -> bool {
                     "  warning: no DSN: it cannot be asked to send no bounces; see smtp-dup(8)"
                 );
             }
-            true
+            Some(connection)
         }
         Err(failure) => {
             println!("{role} {destination}: FAILED: {failure}");
-            false
+            None
         }
     }
 }

@@ -680,6 +680,49 @@ fn check_says_what_it_found() {
     assert_eq!(primary.count("MAIL") + backup.count("MAIL"), 0);
 }
 
+/// Strangers are let in, and the primary takes them for this host.
+#[test]
+fn check_warns_of_an_open_relay() {
+    let open = Sink::start();
+    let shut = Sink::replying(|event| match event {
+        Event::Rcpt(_) => Action::reply("554 5.7.1 relay access denied"),
+        _ => Action::Default,
+    });
+    let no_null_sender = Sink::replying(|event| match event {
+        Event::Mail(_) => Action::reply("550 5.7.1 no"),
+        _ => Action::Default,
+    });
+    let check = |primary: &Sink, network: &str| {
+        let allowed = format!("allowed_clients: [\"127.0.0.0/8\", \"{network}\"]");
+        let output = run(&["check"], Some(&config(primary.addr(), &[], &allowed, "")), &[]);
+        assert!(output.status.success(), "{output:?}");
+        String::from_utf8(output.stdout).unwrap()
+    };
+    for network in ["0.0.0.0/0", "::/0", "128.0.0.0/1", "2000::/3", "192.0.0.0/7", "2001::/31"] {
+        let said = check(&open, network);
+        for word in ["smtp.allowed_clients", network, "OPEN RELAY", "250 2.1.5", ".invalid"] {
+            assert!(said.contains(word), "{network}: no {word} in {said}");
+        }
+    }
+    for (primary, reply) in [(&shut, "554 5.7.1 relay"), (&no_null_sender, "550 5.7.1 no")] {
+        let said = check(primary, "0.0.0.0/0");
+        assert!(said.contains("smtp.allowed_clients: warning") && said.contains(reply), "{said}");
+        assert!(!said.contains("OPEN RELAY"), "{said}");
+    }
+    // It takes back what it has begun, and leaves politely.
+    for sink in [&open, &shut, &no_null_sender] {
+        sink.wait_for("QUIT", |sink| sink.count("QUIT") == sink.connections());
+        assert_eq!((sink.count("RSET"), sink.count("DATA")), (sink.connections(), 0));
+    }
+    // Networks that somebody has are nobody's business.
+    let asked = open.count("MAIL");
+    for network in ["10.0.0.0/8", "192.0.2.1/32", "2001:db8::/32", "fc00::/7", "fe80::/10"] {
+        let said = check(&open, network);
+        assert!(!said.contains("allowed_clients"), "{network}: {said}");
+    }
+    assert_eq!(open.count("MAIL"), asked);
+}
+
 #[test]
 fn check_fails_with_the_primary() {
     let backup = Sink::start();
