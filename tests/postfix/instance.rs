@@ -52,7 +52,7 @@ pub fn can_run(programs: &[&str]) -> bool {
 /// Containers often may not, even as root.
 fn has_namespaces() -> bool {
     command("unshare")
-        .args(["--mount", "true"])
+        .args(["--mount", "--net", "true"])
         .output()
         .is_ok_and(|output| output.status.success())
 }

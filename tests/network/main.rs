@@ -1,0 +1,16 @@
+//! Other hosts: clients that are not this machine, over a cable of their own.
+//!
+//! Each host is a network namespace (`host`). `strangers` are clients whose address is not allowed.
+//!
+//! These tests need root, and leave to make namespaces. Without they say so and pass, but not when
+//! CI is set.
+
+#[path = "../common/mod.rs"]
+mod common;
+mod host;
+#[path = "../postfix/instance.rs"]
+mod instance;
+mod strangers;
+
+/// A small message in wire form.
+const BODY: &[u8] = b"Subject: test\r\n\r\nHello\r\n";
