@@ -6,6 +6,7 @@ use std::time::Duration;
 use ipnet::IpNet;
 
 use crate::config::Config;
+use crate::identity::Identity;
 use crate::launch::privileges::become_owner;
 use crate::relay::connection::{Connection, Failure, Step};
 use crate::relay::destination::Destination;
@@ -91,10 +92,11 @@ fn takes_mail_for_nobody(mut primary: Connection) -> Result<Reply, Failure> {
 /// Connects and prints what the server says of itself. `None` when it cannot be had.
 fn probe(config: &Config, role: &str, destination: &Destination) -> Option<Connection> {
     // Nobody watches for signals here, so that one ends the program at once.
+    let us = Identity::new(&config.domain);
     let grace = Grace { transactions: Duration::ZERO, copies: Duration::ZERO };
     let shutdown = Shutdown::new(grace, Arc::default());
     let deadline = Deadline::of_transaction(config.limits.connect, &shutdown);
-    match Connection::open(destination, &config.domain, config.limits, deadline) {
+    match Connection::open(destination, &us, config.limits, deadline) {
         Ok(connection) => {
             println!("{role} {destination}: ok");
             println!("  greeting: {}", connection.greeting());

@@ -4,6 +4,7 @@
 //! and is one [`Mistake`] that names the key, the value and what to write instead. The keys stand
 //! in one table, [`KEYS`], so that file, environment and manual cannot disagree.
 
+mod circles;
 mod setting;
 
 use std::fmt;
@@ -199,23 +200,6 @@ impl Config {
         let warnings = draft.read_environment(environment)?;
         Ok((draft.check()?, warnings))
     }
-
-    /// No destination may be one of the addresses `own`, where our clients reach us.
-    ///
-    /// # Errors
-    /// The [`Mistake`] in the first that is.
-    pub fn refuse_circles(&self, own: &[SocketAddr]) -> Result<(), Mistake> {
-        let keys = self.backups.iter().map(|backup| ("relay.destination_backups", backup));
-        for (key, destination) in keys.chain([("relay.destination_primary", &self.primary)]) {
-            if let Some(own) = own.iter().find(|listen| is_same(destination, listen)) {
-                return Err(Mistake(format!(
-                    "{key}: \"{destination}\" is our own address {own} (smtp.listen): mail would go in circles; \
-                     write another server's address"
-                )));
-            }
-        }
-        Ok(())
-    }
 }
 
 impl Draft {
@@ -364,20 +348,6 @@ fn is_trusted(file: &Metadata, service: Option<Uid>) -> Result<(), String> {
             file.mode() & 0o7777
         )),
     }
-}
-
-/// The destination is the address that we listen on, as far as can be said without a look-up.
-fn is_same(destination: &Destination, listen: &SocketAddr) -> bool {
-    let Some(address) = destination.literal().or_else(|| destination.local_name()) else {
-        return false;
-    };
-    let (theirs, ours) = (address.ip().to_canonical(), listen.ip().to_canonical());
-    let is_local = theirs.is_loopback() || theirs.is_unspecified();
-    // A name, or no address in particular, may be any of the loopback's.
-    let is_vague = !destination.is_literal() || theirs.is_unspecified();
-    let is_ours =
-        theirs == ours || is_local && (ours.is_unspecified() || is_vague && ours.is_loopback());
-    is_ours && address.port() == listen.port()
 }
 
 /// The host name, for the greeting.

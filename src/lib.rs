@@ -6,6 +6,7 @@
 //! - [`cli`], [`config`]: how the program is told what to do;
 //! - [`maillog`], [`logger`]: how it tells what it did, and where;
 //! - [`launch`]: who started it, and where connections come from;
+//! - [`identity`]: who we are to others;
 //! - [`server`]: a worker thread for each, and the end of them all;
 //! - [`smtp`]: the client's side of a session;
 //! - [`relay`]: the primary's side, and the backups;
@@ -17,6 +18,7 @@ pub mod buffers;
 pub mod check;
 pub mod cli;
 pub mod config;
+pub mod identity;
 pub mod launch;
 pub mod logger;
 pub mod maillog;

@@ -128,7 +128,10 @@ fn command(arguments: &Arguments) -> ExitCode {
         Err(what) => return refuse(Launch::ALONE, &what),
     };
     let done = match &arguments.command {
-        Some(Command::Check(_)) => Ok(check::run(&config)),
+        Some(Command::Check(_)) => match config.refuse_named_circles(&config.listen) {
+            Ok(()) => Ok(check::run(&config)),
+            Err(mistake) => return refuse(Launch::ALONE, &mistake.to_string()),
+        },
         Some(command) => with_spool(&config, user.as_ref(), command),
         None => Ok(true),
     };
@@ -194,7 +197,10 @@ fn serve(config: &Config, clients: Option<Clients>, user: Option<&User>) -> Exit
         }
     };
     // What root, or the configuration, has to put right is no failure that passes.
-    let spool = match confine(user, None).and_then(|()| open_spool(config)) {
+    let spool = confine(user, None)
+        .and_then(|()| refuse_circles(config, &clients))
+        .and_then(|()| open_spool(config));
+    let spool = match spool {
         Ok(spool) => spool,
         Err(what) => {
             clients.turn_away();
@@ -211,6 +217,17 @@ fn serve(config: &Config, clients: Option<Clients>, user: Option<&User>) -> Exit
         server::run(config, clients, &signals, None, store)
     });
     ended(served.map_err(|error| format!("signals: {error}")))
+}
+
+/// The destinations that are names may be ours, too. A process for one client has no time to look
+/// them up; it sees when it comes to itself.
+fn refuse_circles(config: &Config, clients: &Clients) -> Result<(), String> {
+    match clients {
+        Clients::One(_) => Ok(()),
+        Clients::Many(listeners) => config
+            .refuse_named_circles(&addresses(listeners))
+            .map_err(|mistake| mistake.to_string()),
+    }
 }
 
 /// As the user who serves, so that the files are that user's.
@@ -278,6 +295,10 @@ fn prepare(master: Master) -> Result<(Master, Ready), String> {
     }
     open_log(&config, master::log_place(root));
     confine(Some(&user), root)?;
+    if config.has_names() {
+        let own = addresses(&master.listeners);
+        master::apart(|| config.refuse_named_circles(&own).map_err(|mistake| mistake.to_string()))?;
+    }
     let spool = open_spool(&config)?;
     Ok((master, Ready { config, warnings, store: Store { scratch, spool } }))
 }

@@ -21,6 +21,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::buffers::Buffers;
 use crate::config::Config;
+use crate::identity::Identity;
 use crate::launch::master::Tie;
 use crate::launch::signals::Signals;
 use crate::launch::{Clients, descriptors, systemd};
@@ -68,10 +69,11 @@ pub fn run(
     // Nobody comes back to copies whose process was for one client: they get their time at once.
     let grace = Grace { transactions: limit, copies: if is_one { 2 * limit } else { limit } };
     let shutdown = Shutdown::new(grace, Arc::clone(&signals.asked));
-    let primary = Pool::new(config.primary.clone(), config.domain.clone(), config.limits);
+    let us = if is_one { Identity::for_one(config) } else { Identity::new(&config.domain) };
+    let primary = Pool::new(config.primary.clone(), us.clone(), config.limits);
     let (alive, all_ended) = bounded(0);
     let plan = Plan {
-        domain: config.domain.clone(),
+        us: us.clone(),
         limits: config.limits,
         most_agents: config.backup_connections,
         tries_again: !is_one,
@@ -101,7 +103,7 @@ pub fn run(
     thread::scope(|outer| {
         let agents = Agents::new(outer, &backups, &shutdown);
         let shared = Shared {
-            domain: &config.domain,
+            us: &us,
             max_message_size: config.max_message_size,
             max_recipients: config.max_recipients,
             timeout: config.timeout,
@@ -157,7 +159,7 @@ pub fn flush(
     let shutdown = Shutdown::new(grace, Arc::clone(&signals.asked));
     let (alive, _) = bounded(0);
     let plan = Plan {
-        domain: config.domain.clone(),
+        us: Identity::new(&config.domain),
         limits: config.limits,
         most_agents: 1,
         tries_again: false,
@@ -228,7 +230,7 @@ impl Door<'_, '_, '_> {
             return Some(address);
         }
         maillog::client_denied(address);
-        let text = format!("{ip} is not in smtp.allowed_clients of {}", self.shared.domain);
+        let text = format!("{ip} is not in smtp.allowed_clients of {}", self.shared.us.domain);
         reject(stream, &Reply::new(421, "4.7.1", &text));
         None
     }

@@ -129,6 +129,32 @@ impl Master {
     }
 }
 
+/// Has something said by a process of its own, which may leave threads behind: here there must be
+/// none before [`Master::split`].
+///
+/// # Errors
+/// What it said, or what fork(2) did.
+pub fn apart(say: impl FnOnce() -> Result<(), String>) -> Result<(), String> {
+    let failed = |error: io::Error| format!("a process to look up names: {error}");
+    let (mut ours, mut theirs) = UnixStream::pair().map_err(failed)?;
+    // SAFETY: there is one thread only, so that the child finds no lock held by another.
+    match unsafe { fork() }.map_err(|error| failed(error.into()))? {
+        ForkResult::Child => {
+            let said = say().err().unwrap_or_default();
+            let _ = theirs.write_all(said.as_bytes());
+            std::process::exit(0);
+        }
+        ForkResult::Parent { child } => {
+            drop(theirs);
+            let mut said = String::new();
+            let heard = ours.read_to_string(&mut said);
+            let _ = waitpid(child, None);
+            heard.map_err(failed)?;
+            if said.is_empty() { Ok(()) } else { Err(said) }
+        }
+    }
+}
+
 fn is_unix(descriptor: &OwnedFd) -> bool {
     getsockname::<SockaddrStorage>(descriptor.as_raw_fd())
         .is_ok_and(|address| address.family() == Some(AddressFamily::Unix))

@@ -27,6 +27,7 @@ use self::state::State;
 use super::connection::{Connection, Failure, Limits};
 use super::copy::Copy;
 use super::destination::Destination;
+use crate::identity::Identity;
 use crate::maillog;
 use crate::shutdown::{Deadline, Shutdown};
 use crate::spool::Spool;
@@ -55,8 +56,8 @@ const LOOK_AGAIN: Duration = Duration::from_secs(60);
 /// How backups are served.
 #[derive(Debug, Clone)]
 pub struct Plan {
-    /// Our name in EHLO.
-    pub domain: String,
+    /// Who we are.
+    pub us: Identity,
     /// Time limits of each step.
     pub limits: Limits,
     /// Connections to one backup at once.
@@ -219,9 +220,9 @@ impl Backup {
     /// # Errors
     /// As [`Connection::open`].
     pub fn connect(&self, shutdown: &Shutdown) -> Result<Connection, Failure> {
-        let Plan { domain, limits, .. } = &self.plan;
+        let Plan { us, limits, .. } = &self.plan;
         let deadline = Deadline::of_copy(limits.connect, shutdown);
-        let connection = Connection::open(&self.destination, domain, *limits, deadline)?;
+        let connection = Connection::open(&self.destination, us, *limits, deadline)?;
         if !connection.features().dsn && !self.dsn_missed.swap(true, Ordering::Relaxed) {
             maillog::backup_without_dsn(&self.destination);
         }

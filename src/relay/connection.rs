@@ -20,6 +20,7 @@ use nix::sys::socket::{MsgFlags, recv};
 
 use super::destination::Destination;
 use super::features::Features;
+use crate::identity::Identity;
 use crate::shutdown::{Deadline, Expired, TICK};
 use crate::smtp::reply::{Class, Nonsense, Reply};
 
@@ -87,13 +88,15 @@ pub enum Failure {
     Unwelcome(Step, Reply),
     /// The peer said something before it was its turn.
     Untimely(Step, Reply),
+    /// The peer greets as we do.
+    Ourselves,
 }
 
 impl Failure {
     /// No transaction was begun: the server could not be reached, or did not want to talk.
     pub fn is_before_mail(&self) -> bool {
         match self {
-            Failure::Connect(_) => true,
+            Failure::Connect(_) | Failure::Ourselves => true,
             Failure::TimedOut(step)
             | Failure::Stopping(step)
             | Failure::Lost(step)
@@ -125,6 +128,9 @@ impl fmt::Display for Failure {
             Failure::Nonsense(step, what) => write!(f, "{step}: no SMTP reply: {what}"),
             Failure::Unwelcome(step, reply) => write!(f, "{step}: {reply}"),
             Failure::Untimely(step, reply) => write!(f, "{step}: reply before its time: {reply}"),
+            Failure::Ourselves => {
+                write!(f, "{}: this is smtp-dup itself, mail would go in circles", Step::Greeting)
+            }
         }
     }
 }
@@ -148,7 +154,7 @@ impl Connection {
     /// Any [`Failure`]; a server that answers with 4xx or 5xx is [`Failure::Unwelcome`].
     pub fn open(
         to: &Destination,
-        domain: &str,
+        us: &Identity,
         limits: Limits,
         deadline: Deadline,
     ) -> Result<Connection, Failure> {
@@ -162,7 +168,10 @@ impl Connection {
         let mut connection =
             Connection { stream, input: Vec::new(), features, greeting, at_rest: false, limits };
         connection.greeting = connection.welcome(Step::Greeting, deadline)?;
-        connection.hello(domain, deadline)?;
+        if us.greets(&connection.greeting) {
+            return Err(Failure::Ourselves);
+        }
+        connection.hello(&us.domain, deadline)?;
         Ok(connection)
     }
 

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use super::connection::{Connection, Failure, Limits, Step};
 use super::destination::Destination;
+use crate::identity::Identity;
 use crate::shutdown::{Deadline, Shutdown};
 
 /// At most this many idle connections are kept …
@@ -16,16 +17,16 @@ const MAX_IDLE_TIME: Duration = Duration::from_secs(30);
 /// The primary and the idle connections to it. Shared by all workers.
 pub struct Pool {
     destination: Destination,
-    domain: String,
+    us: Identity,
     limits: Limits,
     /// Oldest first.
     idle: Mutex<Vec<(Instant, Connection)>>,
 }
 
 impl Pool {
-    /// A pool without connections; `domain` is our name in EHLO.
-    pub fn new(destination: Destination, domain: String, limits: Limits) -> Pool {
-        Pool { destination, domain, limits, idle: Mutex::new(Vec::new()) }
+    /// A pool without connections.
+    pub fn new(destination: Destination, us: Identity, limits: Limits) -> Pool {
+        Pool { destination, us, limits, idle: Mutex::new(Vec::new()) }
     }
 
     /// The server that all its connections lead to.
@@ -55,7 +56,7 @@ impl Pool {
     /// As [`Connection::open`].
     pub fn open(&self, shutdown: &Shutdown) -> Result<Connection, Failure> {
         let deadline = Deadline::of_transaction(self.limits.connect, shutdown);
-        Connection::open(&self.destination, &self.domain, self.limits, deadline)
+        Connection::open(&self.destination, &self.us, self.limits, deadline)
     }
 
     /// Keeps a connection whose server waits for a command.

@@ -57,7 +57,7 @@ impl<'a> Primary<'a> {
     /// The client says EHLO or HELO: what it may be told that we offer.
     ///
     /// # Errors
-    /// The 421 for the client when no connection can be had.
+    /// The 421 for the client when no connection can be had, or the 451 when it leads to ourselves.
     pub fn hello(&mut self, extended: bool) -> Result<Features, Reply> {
         self.told = Features::default();
         self.take()?;
@@ -107,17 +107,26 @@ impl<'a> Primary<'a> {
                 Ok(())
             }
             Err(failure) => {
-                maillog::primary_unavailable(self.pool.destination(), &failure);
+                let primary = self.pool.destination();
+                maillog::primary_unavailable(primary, &failure);
+                let text = format!("primary {primary} is not available: {failure}");
                 Err(match failure {
                     Failure::Stopping(_) => stopping(),
-                    _ => Reply::new(
-                        421,
-                        "4.4.1",
-                        &format!("primary {} is not available: {failure}", self.pool.destination()),
-                    ),
+                    Failure::Ourselves => Reply::new(451, "4.4.6", &text),
+                    _ => Reply::new(421, "4.4.1", &text),
                 })
             }
         }
+    }
+
+    /// No connection was to be had: but for a 421, which ends the session, that answers all of the
+    /// transaction.
+    fn take_for_failure(&mut self, reply: Reply) -> Result<(), Reply> {
+        if reply.code() == 421 {
+            return Err(reply);
+        }
+        self.failed = Some(reply);
+        Ok(())
     }
 
     /// Sends commands, which [`Primary::answer`] must then be asked about one by one. Several at
@@ -130,7 +139,7 @@ impl<'a> Primary<'a> {
         let Some(first) = commands.first() else { return Ok(()) };
         let begins = matches!(first, Relayed::Mail(_));
         if begins {
-            self.take()?;
+            self.take().or_else(|reply| self.take_for_failure(reply))?;
         }
         if self.failed.is_some() {
             return Ok(());
@@ -224,7 +233,9 @@ impl<'a> Primary<'a> {
             return Ok(());
         }
         self.connection = None;
-        self.open_new()?;
+        if let Err(reply) = self.open_new() {
+            return self.take_for_failure(reply);
+        }
         self.fits()?;
         if let Err(failure) = self.send_batch(command) {
             self.fail(failure);

@@ -19,6 +19,7 @@ use super::grammar::{Grammar, Step};
 use super::reply::{Class, Reply};
 use super::wire::Line;
 use crate::buffers::Buffers;
+use crate::identity::Identity;
 use crate::maillog;
 use crate::message::{Budget, QueueId};
 use crate::relay::agent::Agents;
@@ -38,8 +39,8 @@ const WITHOUT_MAIL: u32 = 10;
 
 /// What all sessions share.
 pub struct Shared<'a> {
-    /// Our name in the greeting.
-    pub domain: &'a str,
+    /// Who we are.
+    pub us: &'a Identity,
     /// Octets of a message, 0 for no limit of ours.
     pub max_message_size: u64,
     /// Recipients of a message.
@@ -154,7 +155,7 @@ impl<'a, 'scope, 'env> Session<'a, 'scope, 'env> {
     }
 
     fn converse(&mut self) -> Result<std::convert::Infallible, End> {
-        self.client.say(&Reply::new(220, "", &format!("{} ESMTP smtp-dup", self.shared.domain)));
+        self.client.say(&Reply::new(220, "", &self.shared.us.greeting()));
         loop {
             let run = self.take_run();
             if !run.is_empty() {
@@ -358,9 +359,15 @@ impl<'a, 'scope, 'env> Session<'a, 'scope, 'env> {
         self.leave_transaction();
         let offered = match self.primary.hello(extended) {
             Ok(offered) => offered,
-            Err(reply) => return self.close(&reply),
+            Err(reply) if reply.code() == 421 => return self.close(&reply),
+            Err(reply) => {
+                // As good as before, and HELO will be answered like this too.
+                self.greeted = false;
+                self.client.say(&reply);
+                return Ok(());
+            }
         };
-        let mut lines = vec![self.shared.domain.to_string()];
+        let mut lines = vec![self.shared.us.domain.clone()];
         if extended {
             lines.extend(offered.lines());
         }

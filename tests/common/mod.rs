@@ -12,6 +12,7 @@
 
 mod client;
 mod dup;
+mod forward;
 mod peer;
 mod socket;
 
@@ -19,6 +20,7 @@ use std::time::Duration;
 
 pub use client::{Client, Reply};
 pub use dup::{Dup, Signal, binary, command, config, run};
+pub use forward::Detour;
 pub use peer::{Action, DeadHost, Event, Hook, Received, Sink, SinkOptions};
 use socket::{bound, connect};
 

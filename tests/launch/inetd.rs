@@ -123,6 +123,11 @@ fn inetd_s_client_hears_no_log() {
 }
 
 #[test]
+fn a_circle_through_inetd() {
+    nowait(|service| one_session::a_circle_is_seen(service));
+}
+
+#[test]
 fn a_mistake_is_421_to_inetd_s_client() {
     nowait(|service| one_session::a_mistake_is_421(service));
 }

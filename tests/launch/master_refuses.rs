@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
 use crate::common::{BOUND, Client, wait_until};
-use crate::instance::{Postfix, Setup, available};
+use crate::instance::{Postfix, Setup, available, can_run};
 use crate::master::Hosted;
 use crate::program::{Program, binary, user_and_group};
 use crate::{Route, USER, open_folder, write_config};
@@ -115,6 +115,34 @@ fn mistakes_are_refused_with_the_reason() {
     assert_eq!(program.pids(), [0; 0]);
     assert_eq!(route.sinks.each_ref().map(|sink| sink.connections()), [0; 3]);
     drop(clients);
+}
+
+/// It is looked up before there are two processes, and without a thread in the first.
+#[test]
+fn a_name_of_our_own() {
+    if !can_run(&["postfix", "unshare"]) {
+        return;
+    }
+    let folder = open_folder();
+    let hosts = folder.path().join("hosts");
+    fs::write(&hosts, "127.0.0.1 localhost\n127.0.0.1 own.example\n").unwrap();
+    let line = format!("mount --bind {} /etc/hosts && exec \"$@\"", hosts.display());
+    let prefix = ["unshare", "--mount", "sh", "-c", &line, "sh"].map(String::from).to_vec();
+    let path = folder.path().display();
+    let entry = |address: SocketAddr| {
+        let primary = format!("own.example:{}", address.port());
+        let yaml = format!("relay:\n  destination_primary: \"{primary}\"\n");
+        write_config(folder.path(), &yaml);
+        format!("{address} inet n - n - 1 smtp-dup user={USER} directory={path}")
+    };
+    let setup = Setup { services: Some(&entry), prefix, ..Setup::default() };
+    let hosted = Hosted::with(Route::start(), setup);
+    let _client = Client::connect(hosted.service());
+    let own = format!("our own address {}", hosted.service());
+    let said = ["postfix/smtp-dup[", "]: error: ", "own.example", &own, "circles"];
+    hosted.postfix.wait_log(1, &said);
+    hosted.postfix.wait_log(1, &["/master[", "exit status "]);
+    assert_eq!(hosted.program.wait_pids(0), [0; 0]);
 }
 
 /// A file within that is to be found outside.

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
-use crate::common::{Action, Client, Event, SinkOptions, wait_until};
+use crate::common::{Action, Client, Detour, Event, SinkOptions, config, wait_until};
 use crate::program::{Program, kill};
 use crate::{Gate, Route, numbered, write_config};
 
@@ -119,6 +119,20 @@ pub fn a_mistake_is_421(service: &Service) {
     // Mended for the next.
     service.route.configure("", "");
     Client::ready(service.address).expect("QUIT", 221);
+}
+
+/// The primary is the service itself: the next process is another, and greets like this one.
+#[track_caller]
+pub fn a_circle_is_seen(service: &Service) {
+    let detour = Detour::start();
+    detour.lead_to(service.address);
+    write_config(service.route.folder(), &config(detour.addr(), &[], "", ""));
+    let mut client = Client::greeted(service.address);
+    let reply = client.expect("EHLO client.example", 451);
+    assert!(reply.text().starts_with("4.4.6 "), "{reply:?}");
+    client.expect("QUIT", 221);
+    service.wait_log("smtp-dup itself");
+    service.program.wait_gone(Duration::from_secs(20));
 }
 
 /// The client does not wait for a backup that does not answer, and the process does not for long:

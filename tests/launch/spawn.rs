@@ -86,6 +86,11 @@ fn the_log_is_not_on_the_wire() {
 }
 
 #[test]
+fn a_circle() {
+    spawned(|service, _| one_session::a_circle_is_seen(service));
+}
+
+#[test]
 fn a_mistake_is_421() {
     spawned(|service, _| one_session::a_mistake_is_421(service));
 }

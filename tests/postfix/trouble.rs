@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::common::{Action, Client, Dup, Event, Signal, Sink, SinkOptions, config};
+use crate::common::{Action, Client, Detour, Dup, Event, Signal, Sink, SinkOptions, config};
 use crate::instance::{PATIENCE, Postfix, available, free_address};
 use crate::letters::{
     assert_is_letter, assert_same, by_id, letter, message_id, sorted, wait_count,
@@ -41,6 +41,28 @@ fn primary_down_and_up_again() {
         assert_is_letter(&message[0].data, &numbered(number));
     }
     assert_eq!(route.postfix.log(&["status=bounced"]).len(), 0);
+}
+
+/// Mail in circles waits in the queue, and comes through once the circle is broken.
+#[test]
+fn a_circle_puts_the_mail_off() {
+    if !available() {
+        return;
+    }
+    let detour = Detour::start();
+    let dup = Dup::start(&config(detour.addr(), &[], "", ""));
+    detour.lead_to(dup.addr());
+    let postfix = Postfix::start(dup.addr(), "");
+    let mut client = Client::ready(postfix.address);
+    client.message("a@sender.test", &["b@example.com"], &numbered(0));
+    postfix.wait_deferred(1);
+    let said = ["status=deferred", " 451 4.4.6 ", &detour.addr().to_string(), "smtp-dup itself"];
+    assert_eq!(postfix.log(&said).len(), 1, "{:#?}", postfix.log(&["status="]));
+    let primary = Sink::start();
+    detour.lead_to(primary.addr());
+    postfix.flush();
+    postfix.wait_removed(1);
+    assert_is_letter(&primary.wait(1)[0].data, &numbered(0));
 }
 
 #[test]
