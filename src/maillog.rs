@@ -152,9 +152,11 @@ pub fn message(seen: &Seen, primary: Option<&Destination>, since: Instant, reply
         Class::Intermediate | Class::Transient => "deferred",
     };
     let relay = primary.map_or("none".into(), |primary| format!("{primary} role=primary"));
+    let original = envelope.origin.client();
     info!(
-        "{id}: client={client} from={} size={size} nrcpt={} message-id={}\n\
+        "{id}: client={client}{} from={} size={size} nrcpt={} message-id={}\n\
          {id}: relay={relay} delay={} status={status} ({})",
+        original.map_or(String::new(), |original| format!(" orig_client={original}")),
         envelope.reverse_path.display(),
         envelope.forward_paths.len(),
         message_id.map_or(String::new(), |octets| one_line(&String::from_utf8_lossy(octets))),
@@ -210,6 +212,14 @@ pub fn copy_sent(id: QueueId, backup: &Destination, since: Instant, reply: &Repl
 /// A copy went out without something that the backup lacks.
 pub fn copy_reduced(id: QueueId, backup: &Destination, what: &str) {
     info!("{id}: relay={backup} role=backup does not offer {what}: sent without");
+}
+
+/// A backup does not want to hear who the client was; said once.
+pub fn origin_refused(backup: &Destination, reply: &Reply) {
+    warn!(
+        "relay={backup} role=backup offers XFORWARD and refuses it: copies are sent without ({})",
+        one_line(&reply.to_string())
+    );
 }
 
 /// A backup refused one recipient for good.

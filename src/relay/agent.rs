@@ -171,7 +171,14 @@ impl<'scope, 'env> Agents<'scope, 'env> {
             }
         }
         let mut connection = backup.connect(self.shutdown)?;
-        let sent = copy.send(&mut connection, self.shutdown);
+        let mut sent = copy.send(&mut connection, self.shutdown);
+        if let Err(Failure::Unwelcome(Step::Command("XFORWARD"), reply)) = &sent {
+            // A refusal that closes is one like others: no reason to keep the copy back.
+            backup.refuses_origin(reply);
+            connection = backup.connect(self.shutdown)?;
+            connection.withhold_xforward();
+            sent = copy.send(&mut connection, self.shutdown);
+        }
         *at_hand = Some(connection).filter(Connection::is_at_rest);
         sent
     }
@@ -197,7 +204,7 @@ impl<'scope, 'env> Agents<'scope, 'env> {
 fn is_stale(failure: &Failure) -> bool {
     match failure {
         Failure::Lost(step) | Failure::Unwelcome(step, _) | Failure::Untimely(step, _) => {
-            *step == Step::Command("MAIL")
+            matches!(step, Step::Command("MAIL" | "XFORWARD"))
         }
         _ => false,
     }
@@ -205,10 +212,13 @@ fn is_stale(failure: &Failure) -> bool {
 
 /// Logs what became of an attempt, and keeps what is still owed.
 fn settle(backup: &Backup, mut copy: Copy, attempt: Attempt) {
-    let Attempt { verdict, mut refused, deferred, without } = attempt;
+    let Attempt { verdict, mut refused, deferred, without, unforwarded } = attempt;
     let (id, to) = (copy.message.id, &backup.destination);
     for what in without {
         maillog::copy_reduced(id, to, what);
+    }
+    if let Some(reply) = unforwarded {
+        backup.refuses_origin(&reply);
     }
     for (place, reply) in &refused {
         maillog::copy_recipient_refused(id, to, copy.recipient(*place), reply);

@@ -30,6 +30,7 @@ use super::destination::Destination;
 use crate::identity::Identity;
 use crate::maillog;
 use crate::shutdown::{Deadline, Shutdown};
+use crate::smtp::reply::Reply;
 use crate::spool::Spool;
 
 /// An agent without work ends after this time.
@@ -84,6 +85,7 @@ pub struct Backup {
     /// For agents that were refused a connection: the backup is down, or the drain begins.
     end: Condvar,
     dsn_missed: AtomicBool,
+    origin_refused: AtomicBool,
 }
 
 /// An agent's leave to exist. The drain knows by its drop that the last has ended.
@@ -109,6 +111,7 @@ impl Backup {
             wake: Condvar::new(),
             end: Condvar::new(),
             dsn_missed: AtomicBool::new(false),
+            origin_refused: AtomicBool::new(false),
         }
     }
 
@@ -227,6 +230,13 @@ impl Backup {
             maillog::backup_without_dsn(&self.destination);
         }
         Ok(connection)
+    }
+
+    /// The backup refuses XFORWARD, which it offers: said once.
+    pub fn refuses_origin(&self, reply: &Reply) {
+        if !self.origin_refused.swap(true, Ordering::Relaxed) {
+            maillog::origin_refused(&self.destination, reply);
+        }
     }
 
     /// No copy comes any more: the agents finish what can be finished and end.

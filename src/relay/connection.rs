@@ -206,6 +206,11 @@ impl Connection {
         &self.features
     }
 
+    /// From now on it is as if the server did not offer XFORWARD.
+    pub fn withhold_xforward(&mut self) {
+        self.features.xforward.clear();
+    }
+
     /// The time limits of its steps.
     pub fn limits(&self) -> Limits {
         self.limits

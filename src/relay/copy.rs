@@ -12,7 +12,7 @@ use super::primary::MAX_UNANSWERED;
 use crate::message::{Body, Message};
 use crate::shutdown::{Deadline, Shutdown};
 use crate::smtp::command::Relayed;
-use crate::smtp::envelope::{Path, split_parameter};
+use crate::smtp::envelope::{Envelope, Path, split_parameter};
 use crate::smtp::reply::{Class, Reply};
 use crate::spool::claim::Claim;
 
@@ -41,6 +41,8 @@ pub struct Attempt {
     pub deferred: Vec<(usize, Reply)>,
     /// What the message had to do without.
     pub without: Vec<&'static str>,
+    /// The refusal of XFORWARD, which changes nothing about the copy.
+    pub unforwarded: Option<Reply>,
 }
 
 impl Copy {
@@ -87,6 +89,7 @@ impl Copy {
             refused: Vec::new(),
             deferred: Vec::new(),
             without: Vec::new(),
+            unforwarded: None,
         };
         let features = connection.features().clone();
         let Some((commands, places)) = self.commands(&features, &mut attempt) else {
@@ -94,6 +97,9 @@ impl Copy {
         };
         let mut replies = converse(connection, &commands, shutdown)?.into_iter();
 
+        let forwards = commands.iter().filter(|(verb, _)| *verb == "XFORWARD").count();
+        attempt.unforwarded =
+            replies.by_ref().take(forwards).filter(|r| r.class() != Class::Success).last();
         let mail = replies.next();
         let mut accepted = 0;
         for (place, reply) in places.into_iter().zip(&mut replies) {
@@ -137,7 +143,7 @@ impl Copy {
         features: &Features,
         attempt: &mut Attempt,
     ) -> Option<(Commands, Vec<usize>)> {
-        let reverse_path = &self.message.envelope.reverse_path;
+        let Envelope { origin, reverse_path, .. } = &self.message.envelope;
         let impossible = |path: &Path| path.is_utf8() && !features.utf8;
         let no_utf8 = || {
             Reply::new(550, "5.6.7", "the backup does not offer SMTPUTF8, which this address needs")
@@ -146,8 +152,11 @@ impl Copy {
             attempt.verdict = Some(no_utf8());
             return None;
         }
-        let mut commands =
-            vec![line(&Relayed::Mail(reduce_mail(reverse_path, features, &mut attempt.without)))];
+        let attributes = origin.arguments(|name| features.xforward.iter().any(|own| own == name));
+        let mut commands: Commands =
+            attributes.into_iter().map(|argument| line(&Relayed::Xforward(argument))).collect();
+        let mail = reduce_mail(reverse_path, features, &mut attempt.without);
+        commands.push(line(&Relayed::Mail(mail)));
         let mut places = Vec::with_capacity(self.owed.len());
         for &place in &self.owed {
             let path = self.recipient(place);
@@ -240,7 +249,7 @@ fn converse(
             let reply = match connection.reply(step, deadline) {
                 Ok(reply) if reply.code() != 421 => reply,
                 // The refusal of MAIL stands, though the server closes behind it.
-                _ if is_refused(&replies) => return Ok(replies),
+                _ if is_refused(commands, &replies) => return Ok(replies),
                 Ok(reply) => return Err(Failure::Unwelcome(step, reply)),
                 Err(failure) => return Err(failure),
             };
@@ -254,16 +263,17 @@ fn converse(
                 _ => replies.push(reply),
             }
         }
-        if is_refused(&replies) {
+        if is_refused(commands, &replies) {
             break;
         }
     }
     Ok(replies)
 }
 
-/// MAIL, the first command, was refused.
-fn is_refused(replies: &[Reply]) -> bool {
-    replies.first().is_some_and(|mail| mail.class() != Class::Success)
+/// MAIL was refused.
+fn is_refused(commands: &[(&'static str, Vec<u8>)], replies: &[Reply]) -> bool {
+    let mut answered = commands.iter().zip(replies);
+    answered.any(|((verb, _), reply)| *verb == "MAIL" && reply.class() != Class::Success)
 }
 
 /// MAIL's argument with the parameters that the server knows.

@@ -19,6 +19,8 @@ pub struct Features {
     pub dsn: bool,
     /// ENHANCEDSTATUSCODES (RFC 2034).
     pub status_codes: bool,
+    /// XFORWARD (Postfix's XFORWARD_README): the attributes that it knows; none if not offered.
+    pub xforward: Vec<String>,
 }
 
 impl Features {
@@ -35,6 +37,7 @@ impl Features {
                 Some("SMTPUTF8") => features.utf8 = true,
                 Some("DSN") => features.dsn = true,
                 Some("ENHANCEDSTATUSCODES") => features.status_codes = true,
+                Some("XFORWARD") => features.xforward = words.map(str::to_string).collect(),
                 Some("SIZE") => {
                     let limit = words.next().and_then(|word| word.parse().ok());
                     features.size = Some(limit.filter(|&limit| limit > 0));
@@ -68,6 +71,7 @@ impl Features {
             && (self.utf8 || !told.utf8)
             && (self.dsn || !told.dsn)
             && (self.status_codes || !told.status_codes)
+            && told.xforward.iter().all(|name| self.xforward.contains(name))
     }
 
     /// One EHLO line for each.
@@ -86,7 +90,9 @@ impl Features {
         ];
         let flags =
             flags.into_iter().filter(|(offered, _)| *offered).map(|(_, name)| name.to_string());
-        flags.chain(size).collect()
+        let names = self.xforward.join(" ");
+        let xforward = (!names.is_empty()).then(|| format!("XFORWARD {names}"));
+        flags.chain(size).chain(xforward).collect()
     }
 }
 

@@ -27,6 +27,9 @@ pub struct Primary<'a> {
     used: bool,
     /// MAIL was sent and the transaction has not ended.
     open: bool,
+    /// XFORWARD was sent and no transaction has ended since: the server would take what it said for
+    /// true of whoever begins the next.
+    marked: bool,
     /// What the client was told in reply to EHLO.
     told: Features,
     /// The answer to all that is left of a transaction in which the primary failed.
@@ -47,6 +50,7 @@ impl<'a> Primary<'a> {
             connection: None,
             used: false,
             open: false,
+            marked: false,
             told: Features::default(),
             failed: None,
             batch: Vec::new(),
@@ -73,6 +77,23 @@ impl<'a> Primary<'a> {
     /// Several commands may be sent before the first is answered.
     pub fn takes_batches(&self) -> bool {
         self.connection.as_ref().is_some_and(|connection| connection.features().pipelining)
+    }
+
+    /// The client was told that it may say XFORWARD.
+    pub fn takes_xforward(&self) -> bool {
+        !self.told.xforward.is_empty()
+    }
+
+    /// The connection at hand is this client's alone.
+    fn is_engaged(&self) -> bool {
+        self.open || self.marked
+    }
+
+    /// The connection is nobody's again, or gone. True if it was this client's.
+    fn disengage(&mut self) -> bool {
+        let was_engaged = self.is_engaged();
+        (self.open, self.marked) = (false, false);
+        was_engaged
     }
 
     /// The failure that answers everything up to the end of this transaction.
@@ -137,7 +158,7 @@ impl<'a> Primary<'a> {
     /// offers what the client was told.
     pub fn send(&mut self, commands: &[Relayed]) -> Result<(), Reply> {
         let Some(first) = commands.first() else { return Ok(()) };
-        let begins = matches!(first, Relayed::Mail(_));
+        let begins = first.begins() && !self.is_engaged();
         if begins {
             self.take().or_else(|reply| self.take_for_failure(reply))?;
         }
@@ -147,9 +168,10 @@ impl<'a> Primary<'a> {
         self.compose(commands);
         if begins {
             self.fits()?;
-            self.open = true;
         }
-        if let Err(failure) = self.send_batch(first) {
+        self.open |= commands.iter().any(|command| matches!(command, Relayed::Mail(_)));
+        self.marked |= matches!(first, Relayed::Xforward(_));
+        if let Err(failure) = self.send_batch(first, begins) {
             self.recover(first, true, failure)?;
         }
         Ok(())
@@ -158,13 +180,13 @@ impl<'a> Primary<'a> {
     /// Makes the batch of some commands, for the connection at hand. SIZE is the one parameter that
     /// a client may send because we offer it, and not the primary: that one must not see it.
     fn compose(&mut self, commands: &[Relayed]) {
-        let features =
-            self.connection.as_ref().map(Connection::features).cloned().unwrap_or_default();
+        let features = self.connection.as_ref().map(Connection::features);
+        let takes_size = features.is_some_and(|features| features.size.is_some());
         self.batch.clear();
         self.batch_needs = Features { pipelining: commands.len() > 1, ..Features::default() };
         for command in commands {
             match command {
-                Relayed::Mail(path) if features.size.is_none() => {
+                Relayed::Mail(path) if !takes_size => {
                     Relayed::Mail(path.without("SIZE")).write(&mut self.batch);
                 }
                 Relayed::Mail(path) if path.value("SIZE").is_some() => {
@@ -176,13 +198,13 @@ impl<'a> Primary<'a> {
         }
     }
 
-    fn send_batch(&mut self, first: &Relayed) -> Result<(), Failure> {
+    /// Sends the batch, on a connection that was `chosen` just now and seen to be quiet, or not.
+    fn send_batch(&mut self, first: &Relayed, chosen: bool) -> Result<(), Failure> {
         let step = Step::Command(first.verb());
         let deadline = Deadline::of_transaction(self.pool.limits().command, self.shutdown);
         match &mut self.connection {
             Some(connection) => {
-                // Before MAIL this was seen to when the connection was chosen.
-                if !matches!(first, Relayed::Mail(_)) {
+                if !chosen {
                     connection.check_quiet(step)?;
                 }
                 connection.send(&self.batch, step, deadline)
@@ -228,19 +250,30 @@ impl<'a> Primary<'a> {
             Failure::Unwelcome(_, reply) | Failure::Untimely(_, reply) => reply.code() == 421,
             _ => false,
         };
-        if !(dead && first && self.used && matches!(command, Relayed::Mail(_))) {
-            self.fail(failure);
-            return Ok(());
+        if !(dead && first && self.used && command.begins()) {
+            return self.give_up(command, failure);
         }
         self.connection = None;
         if let Err(reply) = self.open_new() {
             return self.take_for_failure(reply);
         }
         self.fits()?;
-        if let Err(failure) = self.send_batch(command) {
-            self.fail(failure);
+        match self.send_batch(command, true) {
+            Ok(()) => Ok(()),
+            Err(failure) => self.give_up(command, failure),
         }
-        Ok(())
+    }
+
+    /// The primary has failed in a transaction. If that was not begun yet but said to be another
+    /// client's, that is forgotten now: the session has to end, for the client to say it again.
+    ///
+    /// # Errors
+    /// A 421 for that.
+    fn give_up(&mut self, command: &Relayed, failure: Failure) -> Result<(), Reply> {
+        let forgets = self.marked && command.begins();
+        let text = format!("primary {}: {failure}", self.pool.destination());
+        self.fail(failure);
+        if forgets { Err(Reply::new(421, "4.4.2", &text)) } else { Ok(()) }
     }
 
     /// The answer to `command`, the next of those sent; `first` when it was the first of them.
@@ -260,11 +293,17 @@ impl<'a> Primary<'a> {
                 Ok(reply) if reply.code() == 421 => Failure::Unwelcome(step, reply),
                 Ok(reply) => match (command, reply.class()) {
                     (Relayed::Data, Class::Success)
-                    | (Relayed::Mail(_) | Relayed::Rcpt(_), Class::Intermediate) => {
-                        Failure::Nonsense(step, reply.to_string())
-                    }
+                    | (
+                        Relayed::Mail(_) | Relayed::Rcpt(_) | Relayed::Xforward(_),
+                        Class::Intermediate,
+                    ) => Failure::Nonsense(step, reply.to_string()),
                     (Relayed::Mail(_), Class::Transient | Class::Permanent) => {
                         self.open = false;
+                        return reply;
+                    }
+                    (Relayed::Xforward(_), _) => {
+                        // It lives, and what it knows now another connection would not.
+                        self.used = false;
                         return reply;
                     }
                     _ => return reply,
@@ -281,7 +320,7 @@ impl<'a> Primary<'a> {
     /// Gives the connection up and settles what the client hears from now on.
     fn fail(&mut self, failure: Failure) -> Reply {
         self.connection = None;
-        self.open = false;
+        self.disengage();
         let primary = self.pool.destination();
         maillog::primary_failed(primary, &failure);
         let reply = match &failure {
@@ -330,7 +369,7 @@ impl<'a> Primary<'a> {
                 self.fail(Failure::Nonsense(Step::EndOfData, reply.to_string()))
             }
             Ok(reply) => {
-                self.open = false;
+                self.disengage();
                 self.used = true;
                 match &mut self.connection {
                     Some(connection) if reply.code() != 421 => connection.rest(),
@@ -345,13 +384,13 @@ impl<'a> Primary<'a> {
     /// Ends the transaction in mid-message: closes without a dot.
     pub fn abort(&mut self) {
         self.connection = None;
-        self.open = false;
+        self.disengage();
     }
 
     /// The client has left its transaction, by RSET or a new EHLO; or a failed one is over.
     pub fn reset(&mut self) {
         self.failed = None;
-        if !std::mem::take(&mut self.open) {
+        if !self.disengage() {
             return;
         }
         let step = Step::Command("RSET");
@@ -370,7 +409,7 @@ impl<'a> Primary<'a> {
 
     /// The client is silent, or gone: others may use the connection meanwhile.
     pub fn release(&mut self) {
-        if self.open {
+        if self.is_engaged() {
             return;
         }
         if let Some(mut connection) = self.connection.take() {

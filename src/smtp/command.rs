@@ -38,6 +38,8 @@ pub enum Relayed {
     Rcpt(Path),
     /// DATA.
     Data,
+    /// XFORWARD, before MAIL, with its attributes.
+    Xforward(Vec<u8>),
 }
 
 /// Why a line is no command.
@@ -56,7 +58,13 @@ impl Relayed {
             Relayed::Mail(_) => "MAIL",
             Relayed::Rcpt(_) => "RCPT",
             Relayed::Data => "DATA",
+            Relayed::Xforward(_) => "XFORWARD",
         }
+    }
+
+    /// The first of a transaction, or said before that.
+    pub fn begins(&self) -> bool {
+        matches!(self, Relayed::Mail(_) | Relayed::Xforward(_))
     }
 
     /// Appends the command as it goes to the primary.
@@ -65,6 +73,11 @@ impl Relayed {
             Relayed::Mail(path) => ("MAIL FROM:", path),
             Relayed::Rcpt(path) => ("RCPT TO:", path),
             Relayed::Data => return out.extend_from_slice(b"DATA\r\n"),
+            Relayed::Xforward(attributes) => {
+                out.extend_from_slice(b"XFORWARD ");
+                out.extend_from_slice(attributes);
+                return out.extend_from_slice(b"\r\n");
+            }
         };
         out.extend_from_slice(start.as_bytes());
         out.extend_from_slice(&path.path);
@@ -99,13 +112,14 @@ impl Command {
             b"RCPT" => path(argument, b"TO").map(Relayed::Rcpt).map(Command::Relayed),
             b"DATA" if argument.is_empty() => Ok(Command::Relayed(Relayed::Data)),
             b"DATA" => Err(Malformed::Argument("DATA takes no argument")),
+            b"XFORWARD" => Ok(Command::Relayed(Relayed::Xforward(argument.to_vec()))),
             b"RSET" => Ok(Command::Rset),
             b"NOOP" => Ok(Command::Noop),
             b"QUIT" => Ok(Command::Quit),
             b"HELP" => Ok(Command::Help),
             b"VRFY" => Ok(Command::Vrfy),
             b"EXPN" | b"AUTH" | b"STARTTLS" | b"BDAT" | b"TURN" | b"ETRN" | b"SEND" | b"SOML"
-            | b"SAML" | b"XFORWARD" | b"XCLIENT" => Ok(Command::NotOffered),
+            | b"SAML" | b"XCLIENT" => Ok(Command::NotOffered),
             _ => Err(Malformed::Unknown),
         }
     }

@@ -1,8 +1,11 @@
-//! The envelope of one message: reverse-path, forward-paths, and the ESMTP parameters of each.
+//! The envelope of one message: reverse-path, forward-paths, and the ESMTP parameters of each; and
+//! who sent it, where that is known.
 //!
 //! Made by `session` from what the client said, used by `relay` for every destination. Paths and
 //! parameters are kept as the client wrote them, octet for octet: the primary decides about them,
 //! and a copy must say the same.
+
+use super::origin::Origin;
 
 /// A path with its parameters: the argument of a MAIL or RCPT command.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -60,6 +63,8 @@ pub fn split_parameter(parameter: &[u8]) -> (&[u8], &[u8]) {
 /// A reverse-path and the forward-paths that the primary accepted for it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Envelope {
+    /// The client of whoever passed it to us.
+    pub origin: Origin,
     /// The argument of MAIL.
     pub reverse_path: Path,
     /// The arguments of the RCPTs, in their order.
@@ -72,6 +77,6 @@ impl Envelope {
         let paths = self.forward_paths.iter().chain([&self.reverse_path]);
         let octets: usize =
             paths.map(|p| p.path.len() + p.parameters.len() + size_of::<Path>()).sum();
-        octets as u64
+        (octets + self.origin.octets()) as u64
     }
 }

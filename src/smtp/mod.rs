@@ -6,6 +6,7 @@ pub mod envelope;
 pub mod foreign;
 pub mod grammar;
 pub mod incoming;
+pub mod origin;
 pub mod reply;
 pub mod session;
 pub mod wire;

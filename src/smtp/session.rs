@@ -16,6 +16,7 @@ use super::command::{Command, Malformed, Relayed};
 use super::envelope::{Envelope, Path};
 use super::foreign::Foreign;
 use super::grammar::{Grammar, Step};
+use super::origin::Origin;
 use super::reply::{Class, Reply};
 use super::wire::Line;
 use crate::buffers::Buffers;
@@ -73,6 +74,8 @@ pub struct Session<'a, 'scope, 'env> {
     transaction: Option<Transaction>,
     /// The session began, or its last message came to its end; later by what the primary took.
     without_mail_since: Instant,
+    /// What the client has said of the one before it, for the next transaction.
+    origin: Origin,
     /// The last that the client did was to send a message.
     behind_a_message: bool,
     /// The primary refused the last MAIL: what the client had sent behind it is no mistake.
@@ -120,6 +123,7 @@ impl<'a, 'scope, 'env> Session<'a, 'scope, 'env> {
             greeted: false,
             transaction: None,
             without_mail_since: Instant::now(),
+            origin: Origin::default(),
             behind_a_message: false,
             mail_refused: false,
             errors: 0,
@@ -204,8 +208,8 @@ impl<'a, 'scope, 'env> Session<'a, 'scope, 'env> {
         Ok(())
     }
 
-    /// Takes from the input the commands that can go to the primary together, `[MAIL] RCPT*
-    /// [DATA]`: all that will be in order if the primary accepts them, and that no check of ours
+    /// Takes from the input the commands that can go to the primary together, `XFORWARD* [MAIL]
+    /// RCPT* [DATA]`: all that will be in order if the primary accepts them, and that no check of ours
     /// refuses. Where it stops, [`Session::answer`] finds out why.
     fn take_run(&mut self) -> Vec<Relayed> {
         let mut run = Vec::new();
@@ -224,14 +228,14 @@ impl<'a, 'scope, 'env> Session<'a, 'scope, 'env> {
                 self.primary.prepare();
             }
             let in_order = match &command {
-                Relayed::Mail(path) => !open && self.check_size(path).is_ok(),
+                Relayed::Mail(_) | Relayed::Xforward(_) => !open && self.may_begin(&command),
                 Relayed::Rcpt(_) => open && recipients < self.shared.max_recipients,
                 Relayed::Data => open && recipients > 0,
             };
             if !in_order {
                 break;
             }
-            open = true;
+            open |= matches!(command, Relayed::Mail(_));
             recipients += usize::from(matches!(command, Relayed::Rcpt(_)));
             let is_last = command == Relayed::Data;
             run.push(command);
@@ -269,6 +273,7 @@ impl<'a, 'scope, 'env> Session<'a, 'scope, 'env> {
     /// The primary, or its failure, has answered a command.
     fn relayed(&mut self, command: &Relayed, reply: Reply) -> Result<(), End> {
         let step = match command {
+            Relayed::Xforward(attributes) => return self.forwarded(attributes, &reply),
             Relayed::Mail(_) => Step::Mail,
             Relayed::Rcpt(_) => Step::Rcpt,
             Relayed::Data => Step::Data,
@@ -290,7 +295,9 @@ impl<'a, 'scope, 'env> Session<'a, 'scope, 'env> {
         }
         match command {
             Relayed::Mail(path) if success => {
-                let envelope = Envelope { reverse_path: path.clone(), forward_paths: Vec::new() };
+                let origin = std::mem::take(&mut self.origin);
+                let (reverse_path, forward_paths) = (path.clone(), Vec::new());
+                let envelope = Envelope { origin, reverse_path, forward_paths };
                 self.transaction = Some(Transaction { id: QueueId::next(), envelope });
             }
             Relayed::Rcpt(path) if success => {
@@ -308,7 +315,7 @@ impl<'a, 'scope, 'env> Session<'a, 'scope, 'env> {
                     &reply,
                 );
             }
-            Relayed::Data => {}
+            Relayed::Data | Relayed::Xforward(_) => {}
         }
         self.client.say(&reply);
         if *command == Relayed::Data {
@@ -322,6 +329,20 @@ impl<'a, 'scope, 'env> Session<'a, 'scope, 'env> {
         Ok(())
     }
 
+    /// The primary has answered an XFORWARD.
+    fn forwarded(&mut self, attributes: &[u8], reply: &Reply) -> Result<(), End> {
+        match reply.class() {
+            // Mail that comes now would seem to be from somebody else.
+            _ if reply.code() == 421 || self.primary.failure().is_some() => {
+                return self.close(reply);
+            }
+            Class::Success => self.origin.take(attributes),
+            _ => maillog::command_refused(self.client.address, reply),
+        }
+        self.client.say(reply);
+        Ok(())
+    }
+
     /// Answers a command that does not go to the primary, or not in this state.
     fn answer(&mut self, command: Result<Command, Malformed>) -> Result<(), End> {
         self.behind_a_message = false;
@@ -331,7 +352,7 @@ impl<'a, 'scope, 'env> Session<'a, 'scope, 'env> {
             }
             Err(Malformed::Argument(what)) => return self.mistake(Reply::new(501, "5.5.4", what)),
             Ok(Command::NotOffered) => {
-                return self.mistake(Reply::new(502, "5.5.1", "command not offered"));
+                return self.mistake(not_offered());
             }
             Ok(Command::Relayed(command)) => return self.refuse(&command),
             Ok(Command::Quit) => {
@@ -381,6 +402,7 @@ impl<'a, 'scope, 'env> Session<'a, 'scope, 'env> {
     /// RSET, a new EHLO, or the end of a failed transaction: back to the state after EHLO.
     fn leave_transaction(&mut self) {
         self.transaction = None;
+        self.origin = Origin::default();
         self.mail_refused = false;
         self.primary.reset();
         self.grammar.step(Step::Rset, &Reply::new(250, "", ""));
@@ -389,17 +411,18 @@ impl<'a, 'scope, 'env> Session<'a, 'scope, 'env> {
     /// Answers a command of the transaction that [`Session::take_run`] left.
     fn refuse(&mut self, command: &Relayed) -> Result<(), End> {
         if let Some(failure) = self.primary.failure().cloned() {
-            let fresh = self.transaction.is_none() && matches!(command, Relayed::Mail(_));
+            let fresh = self.transaction.is_none() && command.begins();
             if !fresh {
                 return self.relayed(command, failure);
             }
             // The failed transaction never began for the client: this is another.
             self.leave_transaction();
-            if matches!(command, Relayed::Mail(path) if self.check_size(path).is_ok()) {
+            if self.may_begin(command) {
                 return self.relay(std::slice::from_ref(command));
             }
         }
         match command {
+            Relayed::Xforward(_) if !self.primary.takes_xforward() => self.mistake(not_offered()),
             Relayed::Mail(path) if self.greeted && self.transaction.is_none() => {
                 if let Err(reply) = self.check_size(path) {
                     maillog::over_limit(self.client.address, &reply, "smtp.max_message_size");
@@ -418,6 +441,15 @@ impl<'a, 'scope, 'env> Session<'a, 'scope, 'env> {
                 Ok(())
             }
             _ => self.mistake(out_of_order(command)),
+        }
+    }
+
+    /// A command that is no mistake of the client's where no transaction is open.
+    fn may_begin(&self, command: &Relayed) -> bool {
+        match command {
+            Relayed::Mail(path) => self.check_size(path).is_ok(),
+            Relayed::Xforward(_) => self.primary.takes_xforward(),
+            Relayed::Rcpt(_) | Relayed::Data => false,
         }
     }
 
@@ -478,6 +510,10 @@ fn expiry(expired: Expired) -> Reply {
         Expired::TimedOut => Reply::new(421, "4.4.2", "timed out waiting for you"),
         Expired::Stopping => stopping(),
     }
+}
+
+fn not_offered() -> Reply {
+    Reply::new(502, "5.5.1", "command not offered")
 }
 
 fn out_of_order(command: &Relayed) -> Reply {

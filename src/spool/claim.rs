@@ -16,6 +16,7 @@ use super::{Entry, MAIL, Spool, TO, create, ignore_missing, is_still, sync_folde
 use crate::message::QueueId;
 use crate::smtp::command::{Command, Relayed};
 use crate::smtp::envelope::{Envelope, Path as Address};
+use crate::smtp::origin::Origin;
 
 /// Longest line of an envelope in the spool, in octets: the names of all backups are one.
 const MAX_LINE: u64 = 1 << 20;
@@ -197,7 +198,8 @@ pub(super) fn read_mail(path: &Path) -> io::Result<Mail> {
     let file = open(path)?;
     let about = file.metadata()?;
     let mut reader = BufReader::new(&file);
-    let (mut start, mut backups, mut reverse_path, mut forward_paths) = (0, None, None, Vec::new());
+    let (mut start, mut backups, mut origin) = (0, None, Origin::default());
+    let (mut reverse_path, mut forward_paths) = (None, Vec::new());
     loop {
         let mut line = Vec::new();
         start += (&mut reader).take(MAX_LINE).read_until(b'\n', &mut line)? as u64;
@@ -206,6 +208,9 @@ pub(super) fn read_mail(path: &Path) -> io::Result<Mail> {
             Command::Noop if backups.is_none() => {
                 let text = String::from_utf8_lossy(line);
                 backups = Some(text.split_whitespace().skip(1).map(Into::into).collect());
+            }
+            Command::Relayed(Relayed::Xforward(attributes)) if reverse_path.is_none() => {
+                origin.take(&attributes);
             }
             Command::Relayed(Relayed::Mail(path)) if reverse_path.is_none() => {
                 reverse_path = Some(path);
@@ -226,7 +231,7 @@ pub(super) fn read_mail(path: &Path) -> io::Result<Mail> {
             if end == *b".\r\n" && length >= 3 && !forward_paths.is_empty() =>
         {
             let arrived = about.modified().unwrap_or(UNIX_EPOCH);
-            let envelope = Envelope { reverse_path, forward_paths };
+            let envelope = Envelope { origin, reverse_path, forward_paths };
             Ok(Mail { envelope, backups, file, start, length, arrived })
         }
         _ => Err(wrong()),

@@ -170,6 +170,9 @@ pub struct Stored {
 /// that replays the batch it means nothing.
 fn header(envelope: &Envelope, backups: &[String]) -> Vec<u8> {
     let mut header = format!("NOOP {}\r\n", backups.join(" ")).into_bytes();
+    for attributes in envelope.origin.arguments(|_| true) {
+        Relayed::Xforward(attributes).write(&mut header);
+    }
     Relayed::Mail(envelope.reverse_path.clone()).write(&mut header);
     for path in &envelope.forward_paths {
         Relayed::Rcpt(path.clone()).write(&mut header);

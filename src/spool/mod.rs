@@ -7,7 +7,8 @@
 //! ```text
 //! tmp/ID                      being written, locked by its writer
 //! queue/2026112309/           one folder an hour (UTC), for an order that is roughly that of time
-//!     ID.mail                 envelope and body as batch SMTP (RFC 2442), never changed
+//!     ID.mail                 envelope and body as batch SMTP (RFC 2442), with XFORWARD before
+//!                             MAIL where the client is known; never changed
 //!     ID.to.new.example:25    what that backup is still owed; empty: all, and not tried yet
 //! failed/                     the same pair, with the replies that refused
 //! damaged/                    what could not be read

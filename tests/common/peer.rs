@@ -23,6 +23,8 @@ pub enum Event {
     Connect(usize),
     /// EHLO or HELO, the whole line; as with all lines here, without its end.
     Ehlo(String),
+    /// XFORWARD, the whole line.
+    Xforward(String),
     Mail(String),
     Rcpt(String),
     Data,
@@ -141,6 +143,8 @@ impl SinkOptions {
 /// A message as it came.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Received {
+    /// The XFORWARD lines that were in force.
+    pub forward: Vec<String>,
     /// The whole line.
     pub mail: String,
     /// The whole line of each recipient that was accepted.
@@ -392,6 +396,7 @@ fn accept(listener: &TcpListener, shared: &Arc<Shared>) {
                 shared: &shared,
                 input: Vec::new(),
                 greeted: false,
+                forward: Vec::new(),
                 mail: None,
                 rcpts: Vec::new(),
                 body: None,
@@ -430,6 +435,7 @@ struct Peer<'a> {
     shared: &'a Shared,
     input: Vec<u8>,
     greeted: bool,
+    forward: Vec<String>,
     mail: Option<String>,
     rcpts: Vec<String>,
     /// Within a body: how much of `input` was searched for its end.
@@ -493,11 +499,21 @@ impl Peer<'_> {
                     reply.push_str(&format!("250{mark}{text}\r\n"));
                 }
                 self.greeted = self.answer(&Event::Ehlo(line), &reply)? / 100 == 2;
-                self.forget();
+                self.reset();
             }
             "HELO" => {
                 self.greeted = self.answer(&Event::Ehlo(line), "250 sink.example")? / 100 == 2;
-                self.forget();
+                self.reset();
+            }
+            "XFORWARD" => {
+                let default = match (&self.mail, offers_xforward(&self.shared.lock().options)) {
+                    (_, false) => "500 5.5.2 what?",
+                    (Some(_), _) => "503 5.5.1 too late",
+                    _ => "250 2.0.0 so be it",
+                };
+                if self.answer(&Event::Xforward(line.clone()), default)? / 100 == 2 {
+                    self.forward.push(line);
+                }
             }
             "MAIL" => {
                 let default = match (self.greeted, &self.mail) {
@@ -530,7 +546,7 @@ impl Peer<'_> {
             }
             "RSET" => {
                 self.answer(&Event::Rset, "250 2.0.0 reset")?;
-                self.forget();
+                self.reset();
             }
             "QUIT" => {
                 self.answer(&Event::Quit, "221 2.0.0 bye")?;
@@ -540,6 +556,12 @@ impl Peer<'_> {
             _ => drop(self.answer(&Event::Other(line), "500 5.5.2 what?")?),
         }
         Ok(())
+    }
+
+    /// A transaction has ended, and with it what was said before.
+    fn reset(&mut self) {
+        self.forward.clear();
+        self.forget();
     }
 
     fn forget(&mut self) {
@@ -562,12 +584,13 @@ impl Peer<'_> {
         message.accepted = action.code(250) / 100 == 2;
         // Before the reply: who has heard it finds the message here.
         self.shared.change(|state| state.messages.push(message));
-        self.forget();
+        self.reset();
         self.perform(action, &format!("250 2.0.0 queued as SINK{number}")).map(drop)
     }
 
     fn message(&mut self, length: usize) -> Received {
         Received {
+            forward: self.forward.clone(),
             mail: self.mail.clone().unwrap_or_default(),
             rcpts: self.rcpts.clone(),
             data: self.input[..length].to_vec(),
@@ -667,6 +690,10 @@ impl Peer<'_> {
             state.open.retain(|(number, _)| *number != self.number);
         });
     }
+}
+
+fn offers_xforward(options: &SinkOptions) -> bool {
+    options.ehlo.iter().any(|line| line.starts_with("XFORWARD"))
 }
 
 /// With a line end.

@@ -2,9 +2,10 @@
 //!
 //! One file for each part of the work: what a client can do (`receiving`) and how long it may take
 //! (`patience`), who is no mail client (`foreign`), what the primary can do to it (`primary`), what
-//! hostile servers say (`replies`), where a message ends (`smuggling`), the copies (`backups`), what
-//! is its own destination (`circles`), what lacks (`shortage`), the end of the process (`ending`), the
-//! configuration (`config`); and the design's promises (`promises`).
+//! hostile servers say (`replies`), where a message ends (`smuggling`), the copies (`backups`), who
+//! the client was (`origin`), what is its own destination (`circles`), what lacks (`shortage`), the
+//! end of the process (`ending`), the configuration (`config`); and the design's promises
+//! (`promises`).
 
 #[path = "../common/mod.rs"]
 mod common;
@@ -14,6 +15,7 @@ mod circles;
 mod config;
 mod ending;
 mod foreign;
+mod origin;
 mod patience;
 mod primary;
 mod promises;

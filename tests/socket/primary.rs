@@ -60,7 +60,7 @@ fn ehlo_is_a_mirror() {
                 "X-OWN",
             ],
             0,
-            vec!["DSN", "PIPELINING"],
+            vec!["DSN", "PIPELINING", "XFORWARD NAME ADDR"],
         ),
     ] {
         let primary = Sink::start();
