@@ -1,7 +1,7 @@
 //! A real Postfix in front: its transport map sends example.com to smtp-dup, which passes the mail
 //! to recording destinations. What they got is compared octet for octet, and counted.
 //!
-//! `instance` is the private Postfix, `letters` what is sent, `mail` the kinds of mail, `servers`
+//! `instance` is the private Postfix, `letters` what is sent, `mail` the kinds of mail, `origin` who sent it, `servers`
 //! other programs as destinations, `trouble` what happens when something is down, refuses, or is
 //! restarted.
 //!
@@ -13,6 +13,7 @@ mod common;
 mod instance;
 mod letters;
 mod mail;
+mod origin;
 mod servers;
 mod trouble;
 
