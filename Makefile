@@ -1,4 +1,4 @@
-# The targets are: build, small, test, test-small, soak, check, demo, bench, install,
+# The targets are: build, small, test, test-small, soak, load, check, demo, bench, install,
 # install-postfix.
 
 PREFIX = /usr/local
@@ -50,6 +50,12 @@ demo:
 soak: build
 	tests/soak "$(RELEASE)"
 
+# What hostile clients can do, with thousands of connections and a million commands; two minutes,
+# and about 16000 descriptors (ulimit -n).
+load: build
+	LOAD=full DUP_BINARY="$$(realpath "$(RELEASE)")" \
+	    cargo test --test socket -- --nocapture --test-threads 1 load:: shortage::few
+
 bench:
 	cargo bench
 	benches/end-to-end
@@ -92,4 +98,4 @@ install-postfix: $(RELEASE)
 $(RELEASE):
 	cargo build --release
 
-.PHONY: build small test test-small soak check demo bench install install-postfix
+.PHONY: build small test test-small soak load check demo bench install install-postfix

@@ -3,9 +3,9 @@
 //! One file for each part of the work: what a client can do (`receiving`) and how long it may take
 //! (`patience`), who is no mail client (`foreign`), what the primary can do to it (`primary`), what
 //! hostile servers say (`replies`), where a message ends (`smuggling`), the copies (`backups`), who
-//! the client was (`origin`), what is its own destination (`circles`), what lacks (`shortage`), the
-//! end of the process (`ending`), the configuration (`config`); and the design's promises
-//! (`promises`).
+//! the client was (`origin`), what is its own destination (`circles`), what lacks (`shortage`), too
+//! much at once (`load`), the end of the process (`ending`), the configuration (`config`); and the
+//! design's promises (`promises`).
 
 #[path = "../common/mod.rs"]
 mod common;
@@ -15,6 +15,7 @@ mod circles;
 mod config;
 mod ending;
 mod foreign;
+mod load;
 mod origin;
 mod patience;
 mod primary;
