@@ -87,6 +87,8 @@ pub struct Session<'a, 'scope, 'env> {
 struct Transaction {
     id: QueueId,
     envelope: Envelope,
+    /// It was said that there are too many recipients. The others may be a million.
+    is_full: bool,
 }
 
 /// How a session ends. Not by an error of ours: that is a reply.
@@ -298,7 +300,8 @@ impl<'a, 'scope, 'env> Session<'a, 'scope, 'env> {
                 let origin = std::mem::take(&mut self.origin);
                 let (reverse_path, forward_paths) = (path.clone(), Vec::new());
                 let envelope = Envelope { origin, reverse_path, forward_paths };
-                self.transaction = Some(Transaction { id: QueueId::next(), envelope });
+                self.transaction =
+                    Some(Transaction { id: QueueId::next(), envelope, is_full: false });
             }
             Relayed::Rcpt(path) if success => {
                 if let Some(transaction) = &mut self.transaction {
@@ -432,7 +435,11 @@ impl<'a, 'scope, 'env> Session<'a, 'scope, 'env> {
             }
             Relayed::Rcpt(_) if self.transaction.is_some() => {
                 let reply = Reply::new(452, "4.5.3", "too many recipients");
-                maillog::over_limit(self.client.address, &reply, "smtp.max_recipients");
+                if let Some(transaction) = &mut self.transaction
+                    && !std::mem::replace(&mut transaction.is_full, true)
+                {
+                    maillog::over_limit(self.client.address, &reply, "smtp.max_recipients");
+                }
                 self.client.say(&reply);
                 Ok(())
             }

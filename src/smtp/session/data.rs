@@ -49,7 +49,9 @@ impl Patience {
 impl<'a> Session<'a, '_, '_> {
     /// Receives the message behind a 354 and passes it on while it comes.
     pub(super) fn receive(&mut self) -> Result<(), End> {
-        let Some(Transaction { id, envelope }) = self.transaction.take() else { return Ok(()) };
+        let Some(Transaction { id, envelope, .. }) = self.transaction.take() else {
+            return Ok(());
+        };
         let begun = Instant::now();
         self.client.flush()?;
         let (mut message, opened) = self.open(id, &envelope);
@@ -57,7 +59,7 @@ impl<'a> Session<'a, '_, '_> {
             Ok(reply) => reply,
             Err(end) => {
                 self.primary.abort();
-                self.transaction = Some(Transaction { id, envelope });
+                self.transaction = Some(Transaction { id, envelope, is_full: true });
                 return Err(end);
             }
         };
