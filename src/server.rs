@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::bounded;
 use ipnet::IpNet;
+use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::buffers::Buffers;
@@ -311,8 +312,11 @@ impl Workers<'_, '_, '_> {
             if signals.came() {
                 break false;
             }
-            // A failing poll(2) is an interrupted one: the descriptors are ours.
-            if poll(&mut fds, timeout(wake)).is_err() {
+            if let Err(errno) = poll(&mut fds, timeout(wake)) {
+                // The descriptors are ours: it was interrupted, or memory lacks.
+                if errno != Errno::EINTR {
+                    thread::sleep(ACCEPT_PAUSE);
+                }
                 continue;
             }
             let ready: Vec<bool> = fds.iter().map(|fd| fd.any() == Some(true)).collect();
@@ -442,8 +446,6 @@ fn timeout(wake: Option<Instant>) -> PollTimeout {
 
 #[cfg(test)]
 mod tests {
-    use nix::errno::Errno;
-
     use super::*;
 
     #[test]

@@ -169,6 +169,7 @@ impl<'a, 'scope, 'env> Session<'a, 'scope, 'env> {
                 continue;
             }
             self.client.flush_much()?;
+            self.check_time()?;
             match self.client.input.peek_line() {
                 Line::Whole(line) => {
                     let command = Command::parse(line);
@@ -198,14 +199,20 @@ impl<'a, 'scope, 'env> Session<'a, 'scope, 'env> {
             if let Err(expired) = deadline.left() {
                 return self.close(&expiry(expired));
             }
-            if self.without_mail_since.elapsed() > self.shared.timeout * WITHOUT_MAIL {
-                return self.close(&Reply::new(421, "4.4.2", "no message for too long a time"));
-            }
+            self.check_time()?;
             if !self.client.read()? || begun.elapsed() > TICK {
                 // Others may need what this client does not use.
                 self.primary.release();
                 self.client.hold_little();
             }
+        }
+        Ok(())
+    }
+
+    /// Ends a session that has been without mail for too long.
+    fn check_time(&mut self) -> Result<(), End> {
+        if self.without_mail_since.elapsed() > self.shared.timeout * WITHOUT_MAIL {
+            return self.close(&Reply::new(421, "4.4.2", "no message for too long a time"));
         }
         Ok(())
     }

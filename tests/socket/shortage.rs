@@ -39,23 +39,30 @@ fn accepting_that_fails_is_tried_again_without_haste() {
     let primary = Sink::start();
     let dup = dup_with(&primary, "", "");
     deliver(&mut Client::ready(dup.addr()));
-    // From here on it can open nothing more.
-    let most = libc::rlimit { rlim_cur: 4, rlim_max: 1000 };
     let pid = dup.pid() as libc::pid_t;
-    let set = |most: &libc::rlimit| unsafe {
-        libc::prlimit(pid, libc::RLIMIT_NOFILE, most, std::ptr::null_mut())
+    let set = |most| {
+        let most = libc::rlimit { rlim_cur: most, rlim_max: 1000 };
+        let none = std::ptr::null_mut();
+        let done = unsafe { libc::prlimit(pid, libc::RLIMIT_NOFILE, &most, none) };
+        assert_eq!(done, 0, "{}", Error::last_os_error());
     };
-    assert_eq!(set(&most), 0, "{}", Error::last_os_error());
+    // From here on it can open nothing more; at first, not even wait for so many (poll(2)).
+    set(1);
     let mut clients: Vec<Client> = (0..50).map(|_| Client::connect(dup.addr())).collect();
+    let is_at_rest = || {
+        let before = used(&dup);
+        thread::sleep(Duration::from_secs(2));
+        let spent = used(&dup) - before;
+        assert!(spent < Duration::from_millis(400), "{spent:?} of 2 s for nothing");
+    };
+    is_at_rest();
+    set(4);
     let line = dup.wait_log("error: accept: ");
     assert!(line.contains("Too many open files"), "{line}");
-    let before = used(&dup);
-    thread::sleep(Duration::from_secs(2));
-    let spent = used(&dup) - before;
-    assert!(spent < Duration::from_millis(400), "{spent:?} of 2 s for nothing");
+    is_at_rest();
     assert_eq!(dup.log_lines("accept:").len(), 1);
     // Those who have waited are served, once that can be.
-    assert_eq!(set(&libc::rlimit { rlim_cur: 1000, rlim_max: 1000 }), 0);
+    set(1000);
     for client in &mut clients {
         client.expect_reply(220);
     }
