@@ -1,13 +1,15 @@
 //! The program under test: start it, read its log, signal it, see it end.
 
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{Read, Write};
 use std::net::SocketAddr;
+use std::os::fd::AsFd;
 use std::path::PathBuf;
-use std::process::{Child, Command, ExitStatus, Output, Stdio};
-use std::sync::{Arc, Condvar, Mutex};
+use std::process::{Child, ChildStderr, Command, ExitStatus, Output, Stdio};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tempfile::TempDir;
 
 use super::BOUND;
@@ -22,8 +24,8 @@ pub struct Dup {
 }
 
 /// What it has said on stderr, and whether that has ended.
-#[derive(Default)]
 struct Log {
+    stderr: ChildStderr,
     lines: Mutex<(Vec<String>, bool)>,
     grown: Condvar,
 }
@@ -55,9 +57,11 @@ impl Dup {
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
         prepare(&mut command);
         let mut child = command.spawn().unwrap();
-        let log = Arc::new(Log::default());
-        let (stderr, collected) = (child.stderr.take().unwrap(), Arc::clone(&log));
-        thread::spawn(move || collected.collect(stderr));
+        let (stderr, lines, grown) =
+            (child.stderr.take().unwrap(), Mutex::default(), Condvar::new());
+        let log = Arc::new(Log { stderr, lines, grown });
+        let collected = Arc::clone(&log);
+        thread::spawn(move || collected.collect());
         let mut dup = Dup { child: Mutex::new(child), log, addrs: Vec::new(), _folder: folder };
         let line = dup.wait_log(" starting smtp-dup ");
         let listen = line.split_whitespace().find_map(|word| word.strip_prefix("listen="));
@@ -83,14 +87,14 @@ impl Dup {
         self.child.lock().unwrap().id()
     }
 
-    /// The log so far.
+    /// The log so far: all that it has said by now.
     pub fn log(&self) -> String {
-        self.log.lines.lock().unwrap().0.join("\n")
+        self.log.so_far().0.join("\n")
     }
 
     /// The log lines so far that have `needle`.
     pub fn log_lines(&self, needle: &str) -> Vec<String> {
-        let lines = self.log.lines.lock().unwrap();
+        let lines = self.log.so_far();
         lines.0.iter().filter(|line| line.contains(needle)).cloned().collect()
     }
 
@@ -184,14 +188,38 @@ impl Drop for Dup {
 }
 
 impl Log {
-    fn collect(&self, stderr: impl Read) {
-        for line in BufReader::new(stderr).split(b'\n') {
-            let Ok(line) = line else { break };
-            self.lines.lock().unwrap().0.push(String::from_utf8_lossy(&line).into_owned());
+    /// Reads under the lock, so that with the lock one sees what is still to be read.
+    fn collect(&self) {
+        let (mut part, mut octets) = (Vec::new(), [0; 4096]);
+        loop {
+            self.has_more(PollTimeout::NONE);
+            let mut lines = self.lines.lock().unwrap();
+            let read = nix::unistd::read(&self.stderr, &mut octets).unwrap_or(0);
+            part.extend_from_slice(&octets[..read]);
+            lines.1 = read == 0;
+            while let Some(end) = part.iter().position(|&o| o == b'\n') {
+                let line: Vec<u8> = part.drain(..=end).collect();
+                lines.0.push(String::from_utf8_lossy(&line[..end]).into_owned());
+            }
             self.grown.notify_all();
+            if lines.1 {
+                return;
+            }
         }
-        self.lines.lock().unwrap().1 = true;
-        self.grown.notify_all();
+    }
+
+    fn has_more(&self, timeout: PollTimeout) -> bool {
+        let mut fds = [PollFd::new(self.stderr.as_fd(), PollFlags::POLLIN)];
+        poll(&mut fds, timeout).is_ok_and(|ready| ready > 0)
+    }
+
+    /// All that the process has said by now.
+    fn so_far(&self) -> MutexGuard<'_, (Vec<String>, bool)> {
+        let mut lines = self.lines.lock().unwrap();
+        while !lines.1 && self.has_more(PollTimeout::ZERO) {
+            lines = self.grown.wait_timeout(lines, Duration::from_millis(5)).unwrap().0;
+        }
+        lines
     }
 
     /// Waits until everything that the process had said is there.

@@ -455,7 +455,7 @@ fn too_many_recipients() {
         let message = primary.wait(1).remove(0);
         assert_eq!(message.rcpts.len(), 3);
         assert_eq!(primary.count("RCPT"), 3, "{:?}", primary.commands());
-        let lines = dup.log_lines("because of smtp.max_recipients");
+        let lines = dup.wait_logs("because of smtp.max_recipients", 1);
         assert_eq!(lines.len(), 1, "said for each: {lines:?}");
         // The next transaction counts anew.
         assert_eq!(client.message("a@example.com", &["b@example.com"; 3], BODY).code, 250);

@@ -125,7 +125,7 @@ fn a_thread_that_cannot_be_had_is_a_421() {
         assert!(reply.text().starts_with("4.3.2 "), "{reply:?}");
         client.closed();
     }
-    assert_eq!(dup.log_lines("error: a client: no thread: ").len(), 3);
+    dup.wait_logs("error: a client: no thread: ", 3);
     for client in &mut served {
         let reply = client.message("a@example.com", &["b@example.com"], BODY);
         assert_eq!(reply.code, 250, "{reply:?}");
