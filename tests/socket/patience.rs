@@ -210,6 +210,8 @@ fn nothing_is_said_twice_to_who_reads_too_late() {
         heard.extend_from_slice(&octets);
     }
     assert!(heard.len() > 100_000, "{} octets", heard.len());
+    // On a busy machine it may have read before it was too late: then this is the end.
+    let heard = heard.strip_suffix(b"421 4.4.2 timed out waiting for you\r\n").unwrap_or(&heard);
     for (number, chunk) in heard.chunks(answers.len()).enumerate() {
         assert!(answers.starts_with(chunk), "{number}: \"{}\"", chunk.escape_ascii());
     }

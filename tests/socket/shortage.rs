@@ -4,7 +4,7 @@
 use std::io::Error;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::thread;
 use std::time::Duration;
 
@@ -104,16 +104,26 @@ fn few_descriptors_are_for_few_clients_who_are_served() {
 #[test]
 fn a_thread_that_cannot_be_had_is_a_421() {
     // Its limit is for a user, and for root there is none: one that nobody else is.
-    let user = 1_900_000_000 + std::process::id() % 1_000_000;
+    let user = 50_000 + std::process::id() % 10_000;
     if !nix::unistd::Uid::effective().is_root() {
         return eprintln!("skipped: not root");
     }
     let primary = Sink::start();
     let yaml = config(primary.addr(), &[], "", "");
     let poor = |command: &mut Command| {
-        let folder = command.get_current_dir().unwrap();
-        std::fs::set_permissions(folder, PermissionsExt::from_mode(0o755)).unwrap();
-        command.uid(user).gid(user);
+        // A copy that this user can start, for the place of ours may be root's alone. Another
+        // process makes it: a descriptor of ours, open for writing, might be in a child of
+        // another test just when the copy is started.
+        let folder = command.get_current_dir().unwrap().to_path_buf();
+        let program = folder.join("smtp-dup");
+        let mut install = Command::new("install");
+        install.args(["-m", "755"]).arg(command.get_program()).arg(&program);
+        assert!(install.status().unwrap().success());
+        std::fs::set_permissions(&folder, PermissionsExt::from_mode(0o755)).unwrap();
+        let arguments: Vec<_> = command.get_args().map(ToOwned::to_owned).collect();
+        *command = Command::new(program);
+        command.env_clear().args(arguments).current_dir(folder).uid(user).gid(user);
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
         // The first thread, and two workers.
         limited(command, libc::RLIMIT_NPROC, 3);
     };
