@@ -1,4 +1,4 @@
-# The targets are: build, small, test, test-small, soak, load, check, demo, bench, install,
+# The targets are: build, small, test, test-small, soak, load, fuzz, check, demo, bench, install,
 # install-postfix.
 
 PREFIX = /usr/local
@@ -56,6 +56,26 @@ load: build
 	LOAD=full DUP_BINARY="$$(realpath "$(RELEASE)")" \
 	    cargo test --test socket -- --nocapture --test-threads 1 load:: shortage::few
 
+# Each fuzz target for so many seconds. What they keep from run to run is in $(FUZZ)/corpus; what
+# breaks one is in tests/fuzz/artifacts, and belongs into tests/fuzz/corpus, which `make test` runs.
+# Without a sanitizer, which takes a nightly compiler: coverage and libFuzzer do not, and what is
+# looked for here are panics and broken promises, not the memory errors of unsafe code.
+SECONDS = 60
+FUZZ = $(CARGO_TARGET_DIR)/fuzz
+
+fuzz:
+	@set -eu; \
+	PATH="$$(realpath -m "$(FUZZ)")/bin:$$PATH"; \
+	command -v cargo-fuzz >/dev/null || \
+	    cargo install cargo-fuzz@0.13.2 --locked --debug --quiet --root "$(FUZZ)"; \
+	cargo fuzz build --fuzz-dir tests/fuzz --target-dir "$(FUZZ)" -s none; \
+	for target in session server yaml spool; do \
+	    mkdir -p "$(FUZZ)/corpus/$$target"; \
+	    cargo fuzz run --fuzz-dir tests/fuzz --target-dir "$(FUZZ)" -s none $$target \
+	        "$(FUZZ)/corpus/$$target" tests/fuzz/corpus/$$target -- \
+	        -max_total_time=$(SECONDS) -timeout=60 -rss_limit_mb=1024 -verbosity=0 -print_final_stats=1; \
+	done
+
 bench:
 	cargo bench
 	benches/end-to-end
@@ -98,4 +118,4 @@ install-postfix: $(RELEASE)
 $(RELEASE):
 	cargo build --release
 
-.PHONY: build small test test-small soak load check demo bench install install-postfix
+.PHONY: build small test test-small soak load fuzz check demo bench install install-postfix

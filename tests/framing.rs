@@ -1,10 +1,16 @@
 //! Properties of the framing: whatever octets come, in whatever pieces, the canonical form is the
 //! same, and is what a slow and simple second implementation makes of them.
 
+#[path = "fuzz/rules.rs"]
+#[allow(dead_code)]
+mod rules;
+
 use proptest::collection::vec;
 use proptest::prelude::*;
 use smtp_dup::smtp::foreign::Foreign;
 use smtp_dup::smtp::wire::{BodyDecoder, Decoded, Input, Line};
+
+use rules::{by_lines, has_bare};
 
 /// Feeds `input` cut at `cuts`. Gives the canonical form, and how many octets it took when the
 /// message ended.
@@ -17,51 +23,6 @@ fn decode(input: &[u8], cuts: &[usize]) -> (Vec<u8>, Option<usize>) {
         if let Decoded::End { consumed } = decoder.decode(&input[piece[0]..piece[1]], &mut out) {
             return (out, Some(piece[0] + consumed));
         }
-    }
-    (out, None)
-}
-
-/// How a line ended: exactly CR LF, more CRs and LF, or a bare CR or LF.
-#[derive(Clone, Copy, PartialEq)]
-enum Ending {
-    Exact,
-    MoreCrs,
-    Bare,
-}
-
-/// The second implementation: line by line over the whole input.
-fn by_lines(input: &[u8]) -> (Vec<u8>, Option<usize>) {
-    let (mut out, mut at, mut before) = (Vec::new(), 0, Ending::Exact);
-    while at < input.len() {
-        let length =
-            input[at..].iter().position(|o| b"\r\n".contains(o)).unwrap_or(input.len() - at);
-        let line = &input[at..at + length];
-        let rest = &input[at + length..];
-        let crs = rest.iter().take_while(|&&o| o == b'\r').count();
-        let (ending, taken) = match rest.get(crs) {
-            Some(b'\n') if crs == 0 => (Ending::Bare, 1),
-            Some(b'\n') if crs == 1 => (Ending::Exact, 2),
-            Some(b'\n') => (Ending::MoreCrs, crs + 1),
-            _ => (Ending::Bare, 1),
-        };
-        at += length + taken;
-        let nuls = line.iter().take_while(|&&o| o == 0).count();
-        let lone = match &line[nuls..] {
-            b"." => nuls > 0 || ending != Ending::Exact,
-            [b'.', rest @ ..] => rest.iter().all(|&o| o == 0),
-            _ => false,
-        };
-        if line == b"." && before != Ending::Bare && ending == Ending::Exact {
-            out.extend_from_slice(b".\r\n");
-            return (out, Some(at));
-        }
-        out.extend_from_slice(&line[..nuls]);
-        if lone || line.first() == Some(&b'.') && before == Ending::Bare {
-            out.push(b'.');
-        }
-        out.extend_from_slice(&line[nuls..]);
-        out.extend_from_slice(b"\r\n");
-        before = ending;
     }
     (out, None)
 }
@@ -80,15 +41,10 @@ fn message() -> impl Strategy<Value = Vec<u8>> {
 /// No bare CR or LF, and CR LF . CR LF (or . CR LF at the start) at the end alone, for servers
 /// that drop NULs too.
 fn is_canonical(wire: &[u8]) -> bool {
-    let bare = |at: usize| match wire[at] {
-        b'\r' => wire.get(at + 1) != Some(&b'\n'),
-        b'\n' => at == 0 || wire[at - 1] != b'\r',
-        _ => false,
-    };
     let mut seen = b"\r\n".to_vec();
     seen.extend(wire.iter().filter(|&&o| o != 0));
     let end = seen.windows(5).position(|five| five == b"\r\n.\r\n");
-    !(0..wire.len()).any(bare) && end == Some(seen.len() - 5)
+    !has_bare(wire) && end == Some(seen.len() - 5)
 }
 
 proptest! {
