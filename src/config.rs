@@ -22,6 +22,7 @@ use serde::Deserialize;
 
 use self::setting::{Setting, addresses, domain, level, nearest, network, target, unknown};
 use crate::logger::Target;
+use crate::maillog::one_line;
 use crate::relay::connection::Limits;
 use crate::relay::destination::Destination;
 use crate::spool;
@@ -73,7 +74,7 @@ impl fmt::Display for Mistake {
         // One line, whatever a file name or a value holds.
         let line =
             self.0.split('\n').map(str::trim).filter(|part| !part.is_empty()).collect::<Vec<_>>();
-        f.write_str(&line.join(": "))
+        f.write_str(&one_line(&line.join(": ")))
     }
 }
 

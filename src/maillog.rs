@@ -333,8 +333,8 @@ pub fn backup_without_dsn(backup: &Destination) {
     );
 }
 
-/// Text from outside on one line.
-fn one_line(text: &str) -> String {
+/// Text from outside on one line: control characters escaped.
+pub fn one_line(text: &str) -> String {
     match text.contains(|c: char| c.is_control()) {
         true => text
             .chars()
