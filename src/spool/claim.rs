@@ -335,7 +335,7 @@ impl Owed {
             text += &format!("since {}\n", seconds(since));
         }
         if !self.reply.is_empty() {
-            text += &format!("reply {}\n", self.reply.replace(['\r', '\n'], " "));
+            text += &format!("reply {}\n", in_a_line(&self.reply));
         }
         if let Some(places) = &self.places {
             let places = places.iter().map(usize::to_string).collect::<Vec<_>>();
@@ -352,7 +352,7 @@ impl Owed {
                 "attempts" => owed.attempts = value.parse().ok()?,
                 "next" => owed.next = Some(time(value.parse().ok()?)),
                 "since" => owed.since = Some(time(value.parse().ok()?)),
-                "reply" => owed.reply = value.into(),
+                "reply" => owed.reply = in_a_line(value),
                 "owed" => {
                     let places = value.split(' ').map(str::parse).collect::<Result<Vec<_>, _>>();
                     owed.places = Some(places.ok()?);
@@ -362,6 +362,11 @@ impl Owed {
         }
         Some(owed)
     }
+}
+
+/// A reply as the file has it.
+fn in_a_line(reply: &str) -> String {
+    reply.replace(['\r', '\n'], " ")
 }
 
 /// Seconds since 1970.
