@@ -307,8 +307,8 @@ fn reduce_rcpt(path: &Path, features: &Features) -> Path {
     let mut parameters = Vec::new();
     if features.dsn {
         parameters.extend_from_slice(b"NOTIFY=NEVER");
-        let original = path.value("ORCPT").filter(|value| features.utf8 || value.is_ascii());
-        if let Some(original) = original {
+        let is_fit = |value: &&[u8]| !value.is_empty() && (features.utf8 || value.is_ascii());
+        if let Some(original) = path.value("ORCPT").filter(is_fit) {
             parameters.extend_from_slice(b" ORCPT=");
             parameters.extend_from_slice(original);
         }
