@@ -206,7 +206,9 @@ impl Config {
 impl Draft {
     /// Takes the settings of a file.
     fn read(&mut self, file: &Path, service: Option<Uid>) -> Result<(), Mistake> {
-        let name = file.display();
+        // Whoever reads this in a log does not know in which folder it was found.
+        let whole = std::path::absolute(file).unwrap_or_else(|_| file.into());
+        let name = whole.display();
         let unreadable = |error: std::io::Error| {
             Mistake(format!("{name}: {error}; give a file that can be read with --config FILE"))
         };

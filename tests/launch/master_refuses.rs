@@ -42,7 +42,7 @@ fn mistakes() -> Vec<Mistake> {
             |folder| {
                 write_config(folder, "relay:\n  destination_primry: \"127.0.0.1:1\"\n");
             },
-            &["config.yaml", "destination_primry", "relay.destination_primary"],
+            &["/config.yaml: ", "destination_primry", "relay.destination_primary"],
         ),
         mistake(&usual, |folder| mode(folder, 0o646), &["config.yaml", "write"]),
         // As root its group may be anybody.
