@@ -8,6 +8,7 @@
 //! - [`launch`]: who started it, and where connections come from;
 //! - [`identity`]: who we are to others;
 //! - [`server`]: a worker thread for each, and the end of them all;
+//! - [`stream`]: the socket that it has there, and those to the destinations;
 //! - [`smtp`]: the client's side of a session;
 //! - [`relay`]: the primary's side, and the backups;
 //! - [`message`], [`buffers`], [`spool`]: what is held meanwhile, in memory and on disk;
@@ -29,3 +30,4 @@ pub mod server;
 pub mod shutdown;
 pub mod smtp;
 pub mod spool;
+pub mod stream;

@@ -30,7 +30,6 @@ use crate::maillog;
 use crate::message::{Budget, Scratch};
 use crate::relay::agent::{Agents, STACK};
 use crate::relay::backup::{Backup, Plan};
-use crate::relay::connection::prepare;
 use crate::relay::destination::Destination;
 use crate::relay::pool::Pool;
 use crate::relay::primary::stopping;
@@ -38,6 +37,7 @@ use crate::shutdown::{Grace, Shutdown};
 use crate::smtp::reply::Reply;
 use crate::smtp::session::{Session, Shared};
 use crate::spool::{self, Spool};
+use crate::stream::Stream;
 
 /// How long a client waits for a worker before it is turned away: a 421 makes Postfix hold back
 /// all mail for this destination, a moment of waiting does not.
@@ -238,9 +238,7 @@ impl Door<'_, '_, '_> {
 
     /// Serves a client on this thread. A panic ends its session alone, with a 421.
     fn serve(&self, stream: TcpStream, address: SocketAddr) {
-        if prepare(&stream).is_err() {
-            return;
-        }
+        let Ok(stream) = Stream::new(stream) else { return };
         let mut session = Session::new(stream, address, self.shared, self.agents);
         if catch_unwind(AssertUnwindSafe(|| session.serve())).is_err() {
             maillog::panicked(&format!("client={address}"));

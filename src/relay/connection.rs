@@ -1,28 +1,24 @@
 //! One SMTP connection to a destination: greeting, EHLO, commands, replies, message.
 //!
-//! `primary` and `backup` drive it, `pool` keeps it between transactions. It owns the socket,
-//! because what matters is in the socket calls: TCP_NODELAY, a batch or a message with its final
-//! dot in one write, and time limits for whole steps. Everything that can go wrong is a
+//! `primary` and `backup` drive it, `pool` keeps it between transactions. It owns the stream,
+//! because what matters is in the socket calls: a batch or a message with its final dot in one
+//! write, and time limits for whole steps. Everything that can go wrong is a
 //! [`Failure`], after which the connection is of no more use.
 
 use std::fmt;
 use std::fs::File;
-use std::io::{self, ErrorKind, Read, Write};
-use std::net::TcpStream;
-use std::os::fd::AsRawFd;
+use std::io::{self, ErrorKind};
 use std::time::{Duration, Instant};
 
 use lettre::transport::smtp::commands::{Ehlo, Quit};
 use lettre::transport::smtp::extension::ClientId;
-use nix::errno::Errno;
-use nix::sys::sendfile::sendfile;
-use nix::sys::socket::{MsgFlags, recv};
 
 use super::destination::Destination;
 use super::features::Features;
 use crate::identity::Identity;
-use crate::shutdown::{Deadline, Expired, TICK};
+use crate::shutdown::{Deadline, Expired};
 use crate::smtp::reply::{Class, Nonsense, Reply};
+use crate::stream::{Stream, is_tick};
 
 /// Time limits for the steps with a destination, each for the whole step.
 #[derive(Debug, Clone, Copy)]
@@ -137,7 +133,7 @@ impl fmt::Display for Failure {
 
 /// A connection that has been greeted, in whatever state.
 pub struct Connection {
-    stream: TcpStream,
+    stream: Stream,
     /// Read, and not yet taken as a reply.
     input: Vec<u8>,
     features: Features,
@@ -158,12 +154,12 @@ impl Connection {
         limits: Limits,
         deadline: Deadline,
     ) -> Result<Connection, Failure> {
-        let stream =
-            to.connect(deadline.renewed(limits.connect)).map_err(|error| match error.kind() {
+        let stream = to.connect(deadline.renewed(limits.connect)).and_then(Stream::new).map_err(
+            |error| match error.kind() {
                 ErrorKind::Interrupted => Failure::Stopping(Step::Connect),
                 _ => Failure::Connect(error),
-            })?;
-        prepare(&stream).map_err(Failure::Connect)?;
+            },
+        )?;
         let (features, greeting) = (Features::default(), Reply::new(220, "", ""));
         let mut connection =
             Connection { stream, input: Vec::new(), features, greeting, at_rest: false, limits };
@@ -252,18 +248,19 @@ impl Connection {
         deadline: Deadline,
     ) -> Result<(), Failure> {
         self.at_rest = false;
-        let mut offset = start as i64;
+        let mut offset = start;
         let end = start + length;
         let mut until = deadline.renewed(self.limits.data);
-        while (offset as u64) < end {
+        while offset < end {
             // In pieces, for what a server says in mid-message is not its word on the whole.
             self.check_quiet(Step::Message)?;
-            let rest = (end - offset as u64).min(FILE_PIECE) as usize;
-            match sendfile(&self.stream, file, Some(&mut offset), rest) {
-                Ok(0) => return Err(Failure::Lost(Step::Message)),
-                Ok(_) => until = deadline.renewed(self.limits.data),
-                Err(Errno::EINTR) => {}
-                Err(Errno::EAGAIN) => self.stalled(Step::Message, until)?,
+            let rest = (end - offset).min(FILE_PIECE) as usize;
+            match self.stream.send_file(file, offset, rest) {
+                Ok(n) => {
+                    offset += n as u64;
+                    until = deadline.renewed(self.limits.data);
+                }
+                Err(error) if is_tick(&error) => self.stalled(Step::Message, until)?,
                 Err(_) => return Err(self.broken(Step::Message)),
             }
         }
@@ -282,14 +279,12 @@ impl Connection {
         let mut until = deadline.renewed(limit);
         while !rest.is_empty() {
             match self.stream.write(rest) {
-                Ok(0) => return Err(self.broken(step)),
                 Ok(n) => {
                     rest = &rest[n..];
                     if !rest.is_empty() {
                         until = deadline.renewed(limit);
                     }
                 }
-                Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(error) if is_tick(&error) => self.stalled(step, until)?,
                 Err(_) => return Err(self.broken(step)),
             }
@@ -320,12 +315,11 @@ impl Connection {
     pub fn check_quiet(&mut self, step: Step) -> Result<(), Failure> {
         let mut octets = [0; 256];
         loop {
-            match recv(self.stream.as_raw_fd(), &mut octets, MsgFlags::MSG_DONTWAIT) {
+            match self.stream.read_now(&mut octets) {
                 Ok(n @ 1..) if self.input.len() < MAX_STRAY => {
                     self.input.extend_from_slice(&octets[..n])
                 }
-                Err(Errno::EINTR) => {}
-                Err(Errno::EAGAIN) if self.input.is_empty() => return Ok(()),
+                Err(error) if is_tick(&error) && self.input.is_empty() => return Ok(()),
                 Ok(0) | Err(_) if self.input.is_empty() => return Err(Failure::Lost(step)),
                 _ => break,
             }
@@ -372,7 +366,6 @@ impl Connection {
                     self.input.extend_from_slice(&octets[..n]);
                     return Ok(());
                 }
-                Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(error) if is_tick(&error) => {
                     until.left().map_err(|expired| Failure::expired(expired, step))?;
                 }
@@ -397,29 +390,9 @@ impl Connection {
 impl Drop for Connection {
     fn drop(&mut self) {
         if self.at_rest {
-            let quit = Quit.to_string();
-            let _ = nix::sys::socket::send(
-                self.stream.as_raw_fd(),
-                quit.as_bytes(),
-                MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL,
-            );
+            self.stream.write_now(Quit.to_string().as_bytes());
         }
     }
-}
-
-/// The options of every socket, on either side: no waiting for more to send, and a tick.
-///
-/// # Errors
-/// Those of setsockopt(2).
-pub fn prepare(stream: &TcpStream) -> io::Result<()> {
-    stream.set_nodelay(true)?;
-    stream.set_read_timeout(Some(TICK))?;
-    stream.set_write_timeout(Some(TICK))
-}
-
-/// A wait on a socket ended because its tick was over. A write that timed out says so too.
-pub fn is_tick(error: &io::Error) -> bool {
-    matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut)
 }
 
 /// Seconds since `start`, as Postfix prints delays: two significant digits are enough.

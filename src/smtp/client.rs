@@ -3,17 +3,13 @@
 //! `session` owns one. Every wait is cut into ticks, so that the caller can look at the clock and
 //! at the end of the program.
 
-use std::io::{self, ErrorKind, Read, Write};
-use std::net::{SocketAddr, TcpStream};
-
-use nix::sys::socket::{MsgFlags, recv};
-use std::os::fd::AsRawFd;
+use std::net::SocketAddr;
 
 use super::reply::Reply;
 use super::session::Shared;
 use super::wire::{Input, MAX_COMMAND_LINE};
-use crate::relay::connection::is_tick;
 use crate::shutdown::Deadline;
+use crate::stream::{Stream, is_tick};
 
 /// What one read takes while a client sends commands, in octets: one of the longest lines. Idle
 /// clients are many; one that sends more at once gets a bigger buffer.
@@ -28,7 +24,7 @@ pub struct Gone;
 
 /// The client's socket, with what was read and what is to be written.
 pub struct Client<'a> {
-    stream: TcpStream,
+    stream: Stream,
     /// Its address.
     pub address: SocketAddr,
     /// What was read and not yet used.
@@ -38,8 +34,8 @@ pub struct Client<'a> {
 }
 
 impl<'a> Client<'a> {
-    /// A client at the other end of `stream`, which has been prepared.
-    pub fn new(stream: TcpStream, address: SocketAddr, shared: &'a Shared<'a>) -> Client<'a> {
+    /// A client at the other end of `stream`.
+    pub fn new(stream: Stream, address: SocketAddr, shared: &'a Shared<'a>) -> Client<'a> {
         Client {
             stream,
             address,
@@ -67,9 +63,7 @@ impl<'a> Client<'a> {
         let mut rest = output.as_slice();
         while !rest.is_empty() {
             match self.stream.write(rest) {
-                Ok(0) => return Err(Gone),
                 Ok(n) => rest = &rest[n..],
-                Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(error) if is_tick(&error) => {}
                 Err(_) => return Err(Gone),
             }
@@ -83,13 +77,12 @@ impl<'a> Client<'a> {
     /// Writes what is left to say. Closing a socket with unread input would make the peer lose
     /// it, so that is read away, for a moment.
     pub fn flush_and_close(&mut self) {
-        if self.flush().is_err() || self.stream.shutdown(std::net::Shutdown::Write).is_err() {
+        if self.flush().is_err() || self.stream.shutdown().is_err() {
             return;
         }
-        let _ = self.stream.set_nonblocking(true);
         for _ in 0..64 {
             self.input.consume(usize::MAX);
-            if !matches!(self.stream.read(self.input.room()), Ok(1..)) {
+            if !matches!(self.stream.read_now(self.input.room()), Ok(1..)) {
                 break;
             }
         }
@@ -97,34 +90,31 @@ impl<'a> Client<'a> {
 
     /// Waits for octets. False when a tick has passed without any.
     pub fn read(&mut self) -> Result<bool, Gone> {
-        loop {
-            let room = self.input.room();
-            match self.stream.read(room) {
-                Ok(0) => return Err(Gone),
-                Ok(n) => {
-                    let is_full = n == room.len();
-                    self.input.filled(n);
-                    if is_full {
-                        self.hold_much();
-                    }
-                    return Ok(true);
+        let room = self.input.room();
+        match self.stream.read(room) {
+            Ok(0) => Err(Gone),
+            Ok(n) => {
+                let is_full = n == room.len();
+                self.input.filled(n);
+                if is_full {
+                    self.hold_much();
                 }
-                Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(error) if is_tick(&error) => return Ok(false),
-                Err(_) => return Err(Gone),
+                Ok(true)
             }
+            Err(error) if is_tick(&error) => Ok(false),
+            Err(_) => Err(Gone),
         }
     }
 
     /// Reads what is there already. False when nothing is.
     pub fn read_now(&mut self) -> Result<bool, Gone> {
-        match recv_now(&self.stream, self.input.room()) {
+        match self.stream.read_now(self.input.room()) {
             Ok(0) => Err(Gone),
             Ok(n) => {
                 self.input.filled(n);
                 Ok(true)
             }
-            Err(error) if is_tick(&error) || error.kind() == ErrorKind::Interrupted => Ok(false),
+            Err(error) if is_tick(&error) => Ok(false),
             Err(_) => Err(Gone),
         }
     }
@@ -150,8 +140,4 @@ impl Drop for Client<'_> {
         self.input.consume(usize::MAX);
         self.hold_little();
     }
-}
-
-fn recv_now(stream: &TcpStream, into: &mut [u8]) -> io::Result<usize> {
-    Ok(recv(stream.as_raw_fd(), into, MsgFlags::MSG_DONTWAIT)?)
 }

@@ -7,7 +7,7 @@
 
 mod data;
 
-use std::net::{SocketAddr, TcpStream};
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -28,6 +28,7 @@ use crate::relay::pool::Pool;
 use crate::relay::primary::{MAX_UNANSWERED, Primary, stopping};
 use crate::shutdown::{Deadline, Expired, Shutdown, TICK};
 use crate::spool::Spool;
+use crate::stream::Stream;
 
 /// Commands that are unknown, malformed or out of order, one after the other, before the client
 /// is cut off. What the primary refuses does not count.
@@ -111,7 +112,7 @@ impl From<Gone> for End {
 impl<'a, 'scope, 'env> Session<'a, 'scope, 'env> {
     /// A session with the client at the other end of `stream`.
     pub fn new(
-        stream: TcpStream,
+        stream: Stream,
         address: SocketAddr,
         shared: &'a Shared<'a>,
         agents: &'a Agents<'scope, 'env>,

@@ -11,7 +11,7 @@ use std::time::Duration;
 use nix::errno::Errno;
 use nix::libc::linger;
 use nix::sys::socket::{MsgFlags, recv, setsockopt, sockopt};
-use smtp_dup::relay::connection::prepare;
+use smtp_dup::stream::Stream;
 
 /// How long anything awaited may take. Nothing that is right takes a second on an idle machine.
 pub const BOUND: Duration = Duration::from_secs(60);
@@ -39,7 +39,7 @@ struct Order {
 
 /// Makes a client that says `script`, in pieces that are cut at each [`PAUSE`], and closes its
 /// side. Gives the session's end of its connection.
-pub fn client(script: &[u8]) -> (TcpStream, Feed) {
+pub fn client(script: &[u8]) -> (Stream, Feed) {
     static FEEDER: OnceLock<Mutex<(TcpListener, Sender<Order>)>> = OnceLock::new();
     let feeder = FEEDER.get_or_init(|| {
         let (sender, orders) = channel::<Order>();
@@ -50,7 +50,6 @@ pub fn client(script: &[u8]) -> (TcpStream, Feed) {
     let (listener, feeder) = &*feeder.lock().expect("no panic");
     let client = listener.local_addr().and_then(TcpStream::connect).expect("a connection");
     let (session, _) = listener.accept().expect("the other end of it");
-    prepare(&session).expect("options");
     leave_no_trace(&client).expect("an option");
     let (sender, heard) = channel();
     let order = Order {
@@ -60,7 +59,7 @@ pub fn client(script: &[u8]) -> (TcpStream, Feed) {
         heard: sender,
     };
     feeder.send(order).expect("the feeder lives");
-    (session, Feed(heard))
+    (Stream::new(session).expect("options"), Feed(heard))
 }
 
 /// The last to close resets the connection, so that no port is left behind that waits.
