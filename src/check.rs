@@ -8,8 +8,9 @@ use ipnet::IpNet;
 use crate::config::Config;
 use crate::identity::Identity;
 use crate::launch::privileges::become_owner;
-use crate::relay::connection::{Connection, Failure, Step};
+use crate::relay::connection::{Connection, Failure, Protection, Step};
 use crate::relay::destination::Destination;
+use crate::relay::security::Security;
 use crate::shutdown::{Deadline, Grace, Shutdown};
 use crate::smtp::reply::{Class, Reply};
 use crate::spool::Spool;
@@ -89,6 +90,16 @@ fn takes_mail_for_nobody(mut primary: Connection) -> Result<Reply, Failure> {
     Ok(reply)
 }
 
+/// What there is of TLS, and why there is not more.
+fn tls(connection: &Connection, destination: &Destination) -> String {
+    let why = match (connection.protection(), destination.security()) {
+        (Protection::Nothing, Security::Opportunistic(_)) => "; STARTTLS is not offered",
+        (Protection::Nothing, _) if connection.features().starttls => "; STARTTLS is offered",
+        _ => "",
+    };
+    format!("{}{why}", connection.protection())
+}
+
 /// Connects and prints what the server says of itself. `None` when it cannot be had.
 fn probe(config: &Config, role: &str, destination: &Destination) -> Option<Connection> {
     // Nobody watches for signals here, so that one ends the program at once.
@@ -101,6 +112,7 @@ fn probe(config: &Config, role: &str, destination: &Destination) -> Option<Conne
             println!("{role} {destination}: ok");
             println!("  greeting: {}", connection.greeting());
             println!("  offers: {}", connection.features());
+            println!("  TLS: {}", tls(&connection, destination));
             if role == "backup" && !connection.features().dsn {
                 println!(
                     "  warning: no DSN: it cannot be asked to send no bounces; see smtp-dup(8)"

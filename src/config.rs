@@ -5,13 +5,16 @@
 //! in one table, [`KEYS`], so that file, environment and manual cannot disagree.
 
 mod circles;
+pub mod destination;
+mod files;
+#[cfg(feature = "tls")]
+mod security;
 mod setting;
 
 use std::fmt;
-use std::fs::{File, Metadata};
+use std::fs::File;
 use std::io::Read;
 use std::net::SocketAddr;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -20,6 +23,7 @@ use log::LevelFilter;
 use nix::unistd::Uid;
 use serde::Deserialize;
 
+use self::files::is_trusted;
 use self::setting::{Setting, addresses, domain, level, nearest, network, target, unknown};
 use crate::logger::Target;
 use crate::maillog::one_line;
@@ -101,8 +105,10 @@ pub const KEYS: &[Key] = &[
     key("smtp.max_message_size", |d, s| put(&mut d.max_message_size, s.octets())),
     key("smtp.max_recipients", |d, s| put(&mut d.max_recipients, s.count(1_000_000))),
     key("smtp.timeout_seconds", |d, s| put(&mut d.timeout, s.seconds())),
-    key("relay.destination_primary", |d, s| put(&mut d.primary, s.optional_destination())),
-    key("relay.destination_backups", |d, s| put(&mut d.backups, s.destinations())),
+    key("relay.destination_primary", |d, s| {
+        put(&mut d.primary, destination::optional(s, d.service))
+    }),
+    key("relay.destination_backups", |d, s| put(&mut d.backups, destination::list(s, d.service))),
     key("relay.timeout_seconds", |d, s| put(&mut d.limits.connect, s.seconds())),
     key("relay.command_timeout_seconds", |d, s| put(&mut d.limits.command, s.seconds())),
     key("relay.data_timeout_seconds", |d, s| put(&mut d.limits.data, s.seconds())),
@@ -130,6 +136,8 @@ fn put<T>(place: &mut T, value: Result<T, String>) -> Result<(), String> {
 
 /// The configuration while it is put together: defaults, then the file, then the environment.
 struct Draft {
+    /// Whose files may be read, besides root's and our own.
+    service: Option<Uid>,
     listen: Vec<SocketAddr>,
     domain: Option<String>,
     allowed_clients: Vec<IpNet>,
@@ -153,6 +161,7 @@ struct Draft {
 impl Default for Draft {
     fn default() -> Draft {
         Draft {
+            service: None,
             listen: vec![SocketAddr::from(([127, 0, 0, 1], 2525))],
             domain: None,
             allowed_clients: vec![
@@ -194,9 +203,9 @@ impl Config {
         environment: impl Iterator<Item = (String, String)>,
         service: Option<Uid>,
     ) -> Result<(Config, Vec<String>), Mistake> {
-        let mut draft = Draft::default();
+        let mut draft = Draft { service, ..Draft::default() };
         if let Some(file) = file.or_else(found) {
-            draft.read(file, service)?;
+            draft.read(file)?;
         }
         let warnings = draft.read_environment(environment)?;
         Ok((draft.check()?, warnings))
@@ -205,7 +214,7 @@ impl Config {
 
 impl Draft {
     /// Takes the settings of a file.
-    fn read(&mut self, file: &Path, service: Option<Uid>) -> Result<(), Mistake> {
+    fn read(&mut self, file: &Path) -> Result<(), Mistake> {
         // Whoever reads this in a log does not know in which folder it was found.
         let whole = std::path::absolute(file).unwrap_or_else(|_| file.into());
         let name = whole.display();
@@ -213,7 +222,7 @@ impl Draft {
             Mistake(format!("{name}: {error}; give a file that can be read with --config FILE"))
         };
         let mut open = File::open(file).map_err(unreadable)?;
-        is_trusted(&open.metadata().map_err(unreadable)?, service)
+        is_trusted(&open.metadata().map_err(unreadable)?, self.service)
             .map_err(|what| Mistake(format!("{name}: {what}")))?;
         let mut text = String::new();
         open.read_to_string(&mut text).map_err(unreadable)?;
@@ -330,27 +339,6 @@ impl Draft {
 /// The file when nobody names one.
 pub fn found<'a>() -> Option<&'a Path> {
     SEARCH.iter().map(Path::new).find(|file| file.exists())
-}
-
-/// Who can write the configuration decides where all mail goes: that must be no one else.
-fn is_trusted(file: &Metadata, service: Option<Uid>) -> Result<(), String> {
-    let (user, owner) = (Uid::effective(), Uid::from_raw(file.uid()));
-    if !owner.is_root() && owner != user && Some(owner) != service {
-        return Err(format!(
-            "it belongs to user {owner}, who could have all mail sent elsewhere; make it root's: \
-             chown root"
-        ));
-    }
-    // A group of one's own is harmless, but root can have no friends that it does not know.
-    let others = if user.is_root() { 0o022 } else { 0o002 };
-    match file.mode() & others {
-        0 => Ok(()),
-        _ => Err(format!(
-            "others may write it (mode {:04o}), and could have all mail sent elsewhere; \
-             chmod go-w",
-            file.mode() & 0o7777
-        )),
-    }
 }
 
 /// The host name, for the greeting.

@@ -8,7 +8,7 @@
 //! - [`launch`]: who started it, and where connections come from;
 //! - [`identity`]: who we are to others;
 //! - [`server`]: a worker thread for each, and the end of them all;
-//! - [`stream`]: the socket that it has there, and those to the destinations;
+//! - [`stream`], [`tls`]: the socket that it has there, and those to the destinations;
 //! - [`smtp`]: the client's side of a session;
 //! - [`relay`]: the primary's side, and the backups;
 //! - [`message`], [`buffers`], [`spool`]: what is held meanwhile, in memory and on disk;
@@ -31,3 +31,8 @@ pub mod shutdown;
 pub mod smtp;
 pub mod spool;
 pub mod stream;
+#[cfg(feature = "tls")]
+pub mod tls;
+#[cfg(not(feature = "tls"))]
+#[path = "tls/none.rs"]
+pub mod tls;

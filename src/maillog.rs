@@ -13,7 +13,7 @@ use crate::config::Config;
 use crate::launch::descriptors::Shortage;
 use crate::logger::last_panic;
 use crate::message::{QueueId, Scratch};
-use crate::relay::connection::{Failure, delay};
+use crate::relay::connection::{Failure, Protection, delay};
 use crate::relay::destination::Destination;
 use crate::smtp::envelope::{Envelope, Path};
 use crate::smtp::foreign::Foreign;
@@ -188,6 +188,16 @@ pub fn primary_refused(id: QueueId, primary: &Destination, verb: &str, path: &Pa
         path.display(),
         one_line(&reply.to_string())
     );
+}
+
+/// A connection to a destination has TLS.
+pub fn relay_has_tls(to: &Destination, tls: &Protection) {
+    info!("relay={to} TLS: {tls}");
+}
+
+/// A destination offers TLS and gets its mail without; said once until it is over.
+pub fn goes_in_clear(to: &Destination, failure: &Failure) {
+    info!("relay={to} gets mail in clear: {}", one_line(&failure.to_string()));
 }
 
 /// No connection to the primary.

@@ -13,7 +13,7 @@ use log::LevelFilter;
 use serde::Deserialize;
 
 use crate::logger::Target;
-use crate::relay::destination::{Destination, port_number};
+use crate::relay::destination::port_number;
 
 /// A value as it stands in the file, or in a variable.
 #[derive(Debug, Clone, Deserialize)]
@@ -30,7 +30,7 @@ pub enum Setting {
 
 impl Setting {
     /// As it was written, for error texts.
-    fn shown(&self) -> String {
+    pub fn shown(&self) -> String {
         match self {
             Setting::Number(number) => number.to_string(),
             Setting::Float(number) => number.to_string(),
@@ -153,56 +153,6 @@ impl Setting {
             text if text.starts_with('/') => Ok(Some(text.into())),
             text => Err(format!("\"{text}\" is no whole path; write one that begins with /")),
         }
-    }
-
-    /// An empty variable unsets the key.
-    pub fn optional_destination(&self) -> Result<Option<Destination>, String> {
-        match self {
-            Setting::Text(text) if text.trim().is_empty() => Ok(None),
-            setting => setting.destination().map(Some),
-        }
-    }
-
-    /// `host:port`, or a mapping with the key `address`.
-    fn destination(&self) -> Result<Destination, String> {
-        match self {
-            Setting::Text(text) => {
-                Destination::parse(text.trim()).map_err(|what| format!("{} {what}", self.shown()))
-            }
-            Setting::Map(entries) => {
-                if let Some(word) = entries.keys().find(|word| *word != "address") {
-                    return Err(format!("{word}: {}", unknown(word, ["address"].into_iter())));
-                }
-                let address = entries
-                    .get("address")
-                    .ok_or("a mapping without address; write address: host:port")?;
-                address.destination().map_err(|what| format!("address: {what}"))
-            }
-            other => {
-                Err(format!("{} is not a destination; write host:port in quotes", other.shown()))
-            }
-        }
-    }
-
-    pub fn destinations(&self) -> Result<Vec<Destination>, String> {
-        let all = match self {
-            Setting::List(items) => {
-                items.iter().map(Setting::destination).collect::<Result<Vec<_>, _>>()?
-            }
-            Setting::Map(_) => vec![self.destination()?],
-            other => {
-                let items = other.items().into_iter();
-                items.map(|item| Setting::Text(item).destination()).collect::<Result<_, _>>()?
-            }
-        };
-        for (n, one) in all.iter().enumerate() {
-            if all[..n].contains(one) {
-                return Err(format!(
-                    "\"{one}\" stands there twice; each backup gets one copy, write it once"
-                ));
-            }
-        }
-        Ok(all)
     }
 }
 

@@ -1,23 +1,23 @@
-//! One SMTP connection to a destination: greeting, EHLO, commands, replies, message.
+//! One SMTP connection to a destination: commands, replies, message. How it comes about is in
+//! [`opening`].
 //!
 //! `primary` and `backup` drive it, `pool` keeps it between transactions. It owns the stream,
 //! because what matters is in the socket calls: a batch or a message with its final dot in one
 //! write, and time limits for whole steps. Everything that can go wrong is a
 //! [`Failure`], after which the connection is of no more use.
 
+mod opening;
+
 use std::fmt;
 use std::fs::File;
 use std::io::{self, ErrorKind};
 use std::time::{Duration, Instant};
 
-use lettre::transport::smtp::commands::{Ehlo, Quit};
-use lettre::transport::smtp::extension::ClientId;
+use lettre::transport::smtp::commands::Quit;
 
-use super::destination::Destination;
 use super::features::Features;
-use crate::identity::Identity;
 use crate::shutdown::{Deadline, Expired};
-use crate::smtp::reply::{Class, Nonsense, Reply};
+use crate::smtp::reply::{Nonsense, Reply};
 use crate::stream::{Stream, is_tick};
 
 /// Time limits for the steps with a destination, each for the whole step.
@@ -46,6 +46,10 @@ pub enum Step {
     Greeting,
     /// EHLO and HELO.
     Hello,
+    /// STARTTLS, until the server has agreed.
+    StartTls,
+    /// The handshake for TLS.
+    Handshake,
     /// MAIL, RCPT, DATA or RSET, by verb.
     Command(&'static str),
     /// Sending the message.
@@ -54,12 +58,21 @@ pub enum Step {
     EndOfData,
 }
 
+impl Step {
+    fn is_before_mail(self) -> bool {
+        matches!(self, Step::Connect | Step::Greeting | Step::Hello)
+            || matches!(self, Step::StartTls | Step::Handshake)
+    }
+}
+
 impl fmt::Display for Step {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Step::Connect => f.write_str("connect"),
             Step::Greeting => f.write_str("greeting"),
             Step::Hello => f.write_str("EHLO"),
+            Step::StartTls => f.write_str("STARTTLS"),
+            Step::Handshake => f.write_str("TLS"),
             Step::Command(verb) => f.write_str(verb),
             Step::Message => f.write_str("message"),
             Step::EndOfData => f.write_str("end of data"),
@@ -80,6 +93,8 @@ pub enum Failure {
     Lost(Step),
     /// The peer said what is no SMTP reply, or one that means nothing here.
     Nonsense(Step, String),
+    /// The peer cannot do, or is not, what the configuration asks: what, and the remedy.
+    Unfit(Step, String),
     /// The peer does not want to talk: its greeting or its answer to HELO.
     Unwelcome(Step, Reply),
     /// The peer said something before it was its turn.
@@ -97,8 +112,18 @@ impl Failure {
             | Failure::Stopping(step)
             | Failure::Lost(step)
             | Failure::Nonsense(step, _)
+            | Failure::Unfit(step, _)
             | Failure::Unwelcome(step, _)
-            | Failure::Untimely(step, _) => matches!(step, Step::Greeting | Step::Hello),
+            | Failure::Untimely(step, _) => step.is_before_mail(),
+        }
+    }
+
+    /// The enhanced status code (RFC 3463) for a client whose mail waits for that reason.
+    pub fn status(&self) -> &'static str {
+        match self {
+            Failure::Unfit(Step::StartTls, _) => "4.7.4",
+            Failure::Unfit(Step::Handshake, _) => "4.7.5",
+            _ => "4.4.1",
         }
     }
 
@@ -122,11 +147,35 @@ impl fmt::Display for Failure {
             Failure::Stopping(step) => write!(f, "{step}: smtp-dup is stopping"),
             Failure::Lost(step) => write!(f, "{step}: lost connection"),
             Failure::Nonsense(step, what) => write!(f, "{step}: no SMTP reply: {what}"),
+            Failure::Unfit(step, what) => write!(f, "{step}: {what}"),
             Failure::Unwelcome(step, reply) => write!(f, "{step}: {reply}"),
             Failure::Untimely(step, reply) => write!(f, "{step}: reply before its time: {reply}"),
             Failure::Ourselves => {
                 write!(f, "{}: this is smtp-dup itself, mail would go in circles", Step::Greeting)
             }
+        }
+    }
+}
+
+/// What keeps others from reading a connection.
+#[derive(Debug)]
+pub enum Protection {
+    /// Nothing: nobody asked for it, or the server does not offer it.
+    Nothing,
+    /// Nothing, though the server offers STARTTLS: that failed.
+    Failed(Failure),
+    /// TLS: its version and cipher, and whether it is known who the server is.
+    Tls { cipher: String, is_verified: bool },
+}
+
+/// For log lines and people.
+impl fmt::Display for Protection {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Protection::Nothing => f.write_str("none"),
+            Protection::Failed(failure) => write!(f, "none, for it failed: {failure}"),
+            Protection::Tls { cipher, is_verified: true } => write!(f, "{cipher}, verified"),
+            Protection::Tls { cipher, is_verified: false } => write!(f, "{cipher}, not verified"),
         }
     }
 }
@@ -138,65 +187,13 @@ pub struct Connection {
     input: Vec<u8>,
     features: Features,
     greeting: Reply,
+    protection: Protection,
     /// The peer waits for a command, so that QUIT would be understood.
     at_rest: bool,
     limits: Limits,
 }
 
 impl Connection {
-    /// Connects, waits for the greeting, says EHLO (HELO where that is not understood).
-    ///
-    /// # Errors
-    /// Any [`Failure`]; a server that answers with 4xx or 5xx is [`Failure::Unwelcome`].
-    pub fn open(
-        to: &Destination,
-        us: &Identity,
-        limits: Limits,
-        deadline: Deadline,
-    ) -> Result<Connection, Failure> {
-        let stream = to.connect(deadline.renewed(limits.connect)).and_then(Stream::new).map_err(
-            |error| match error.kind() {
-                ErrorKind::Interrupted => Failure::Stopping(Step::Connect),
-                _ => Failure::Connect(error),
-            },
-        )?;
-        let (features, greeting) = (Features::default(), Reply::new(220, "", ""));
-        let mut connection =
-            Connection { stream, input: Vec::new(), features, greeting, at_rest: false, limits };
-        connection.greeting = connection.welcome(Step::Greeting, deadline)?;
-        if us.greets(&connection.greeting) {
-            return Err(Failure::Ourselves);
-        }
-        connection.hello(&us.domain, deadline)?;
-        Ok(connection)
-    }
-
-    /// EHLO, or HELO where EHLO is refused for good.
-    fn hello(&mut self, domain: &str, deadline: Deadline) -> Result<(), Failure> {
-        let ehlo = Ehlo::new(ClientId::Domain(domain.to_string())).to_string();
-        self.send(ehlo.as_bytes(), Step::Hello, deadline)?;
-        match self.welcome(Step::Hello, deadline) {
-            Ok(reply) => self.features = Features::from_ehlo(&reply),
-            Err(Failure::Unwelcome(_, reply)) if reply.class() == Class::Permanent => {
-                self.send(format!("HELO {domain}\r\n").as_bytes(), Step::Hello, deadline)?;
-                self.welcome(Step::Hello, deadline)?;
-            }
-            Err(failure) => return Err(failure),
-        }
-        Ok(())
-    }
-
-    /// A reply that has to be a 2xx.
-    fn welcome(&mut self, step: Step, deadline: Deadline) -> Result<Reply, Failure> {
-        let reply = self.reply(step, deadline)?;
-        self.rest();
-        match reply.class() {
-            Class::Success => Ok(reply),
-            Class::Intermediate => Err(Failure::Nonsense(step, reply.to_string())),
-            Class::Transient | Class::Permanent => Err(Failure::Unwelcome(step, reply)),
-        }
-    }
-
     /// What the server offers.
     pub fn features(&self) -> &Features {
         &self.features
@@ -210,6 +207,11 @@ impl Connection {
     /// The time limits of its steps.
     pub fn limits(&self) -> Limits {
         self.limits
+    }
+
+    /// What keeps others from reading it.
+    pub fn protection(&self) -> &Protection {
+        &self.protection
     }
 
     /// The server's greeting.
@@ -264,7 +266,7 @@ impl Connection {
                 Err(_) => return Err(self.broken(Step::Message)),
             }
         }
-        Ok(())
+        self.write(&[], Step::Message, deadline, self.limits.data)
     }
 
     /// Writes all of `octets`; `limit` is the longest without any progress.
@@ -277,7 +279,7 @@ impl Connection {
     ) -> Result<(), Failure> {
         let mut rest = octets;
         let mut until = deadline.renewed(limit);
-        while !rest.is_empty() {
+        while !rest.is_empty() || self.stream.is_behind() {
             match self.stream.write(rest) {
                 Ok(n) => {
                     rest = &rest[n..];
@@ -390,7 +392,7 @@ impl Connection {
 impl Drop for Connection {
     fn drop(&mut self) {
         if self.at_rest {
-            self.stream.write_now(Quit.to_string().as_bytes());
+            self.stream.write_last(Quit.to_string().as_bytes());
         }
     }
 }

@@ -9,19 +9,28 @@ use std::thread;
 
 use crossbeam_channel::{RecvTimeoutError, bounded};
 
+use super::security::Security;
 use crate::shutdown::{Deadline, Expired};
 
-/// Host and port of a server.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// Host and port of a server, and how secure the way to it has to be.
+#[derive(Debug, Clone)]
 pub struct Destination {
     host: String,
     port: u16,
     /// As configured, for people: `new.example.com:25`, `[::1]:25`.
     name: String,
+    security: Security,
+}
+
+/// The same server, whatever is asked of it.
+impl PartialEq for Destination {
+    fn eq(&self, other: &Destination) -> bool {
+        (&self.host, self.port) == (&other.host, other.port)
+    }
 }
 
 impl Destination {
-    /// Reads `host:port`; an IPv6 address stands in brackets.
+    /// Reads `host:port`; an IPv6 address stands in brackets. Nothing secures it yet.
     ///
     /// # Errors
     /// A text that says what is wrong and what to write instead.
@@ -53,7 +62,23 @@ impl Destination {
         let port = number.ok_or_else(|| {
             format!("has the port \"{port}\"; a port is a number from 1 to 65535")
         })?;
-        Ok(Destination { host: host.to_string(), port, name: text.to_string() })
+        let (host, name) = (host.to_string(), text.to_string());
+        Ok(Destination { host, port, name, security: Security::None })
+    }
+
+    /// The same server, but as secure as this.
+    pub fn secured(self, security: Security) -> Destination {
+        Destination { security, ..self }
+    }
+
+    /// How secure its connections have to be.
+    pub fn security(&self) -> &Security {
+        &self.security
+    }
+
+    /// Its name or address, without the port.
+    pub fn host(&self) -> &str {
+        &self.host
     }
 
     /// Its address when it was given as one, not as a name.

@@ -21,6 +21,8 @@ pub struct Features {
     pub status_codes: bool,
     /// XFORWARD (Postfix's XFORWARD_README): the attributes that it knows; none if not offered.
     pub xforward: Vec<String>,
+    /// STARTTLS (RFC 3207), which is not mirrored: it is of one connection alone.
+    pub starttls: bool,
 }
 
 impl Features {
@@ -38,6 +40,7 @@ impl Features {
                 Some("DSN") => features.dsn = true,
                 Some("ENHANCEDSTATUSCODES") => features.status_codes = true,
                 Some("XFORWARD") => features.xforward = words.map(str::to_string).collect(),
+                Some("STARTTLS") => features.starttls = true,
                 Some("SIZE") => {
                     let limit = words.next().and_then(|word| word.parse().ok());
                     features.size = Some(limit.filter(|&limit| limit > 0));

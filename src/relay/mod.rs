@@ -8,3 +8,4 @@ pub mod destination;
 pub mod features;
 pub mod pool;
 pub mod primary;
+pub mod security;

@@ -134,7 +134,7 @@ impl<'a> Primary<'a> {
                 Err(match failure {
                     Failure::Stopping(_) => stopping(),
                     Failure::Ourselves => Reply::new(451, "4.4.6", &text),
-                    _ => Reply::new(421, "4.4.1", &text),
+                    _ => Reply::new(421, failure.status(), &text),
                 })
             }
         }

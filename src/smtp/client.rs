@@ -61,13 +61,14 @@ impl<'a> Client<'a> {
         let deadline = Deadline::of_transaction(self.shared.timeout, self.shared.shutdown);
         let output = std::mem::take(&mut self.output);
         let mut rest = output.as_slice();
-        while !rest.is_empty() {
+        while !rest.is_empty() || self.stream.is_behind() {
             match self.stream.write(rest) {
                 Ok(n) => rest = &rest[n..],
                 Err(error) if is_tick(&error) => {}
                 Err(_) => return Err(Gone),
             }
-            if !rest.is_empty() && deadline.left().is_err() {
+            let is_left = !rest.is_empty() || self.stream.is_behind();
+            if is_left && deadline.left().is_err() {
                 return Err(Gone);
             }
         }

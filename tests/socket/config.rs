@@ -337,8 +337,8 @@ fn a_mistake_is_one_line_with_key_value_and_remedy() {
             &["log.target", "file", "stderr or syslog"],
         ),
         (
-            relay("destination_backups:\n- address: b:25\n  tls: required"),
-            &["relay.destination_backups", "tls", "smtp-dup.yaml(5)"],
+            relay("destination_backups:\n- address: b:25\n  tls: always"),
+            &["relay.destination_backups", "tls"],
         ),
         (
             relay("destination_backups:\n- address: b:25\n  username: u"),

@@ -1,0 +1,33 @@
+//! Who may write, and read, the configuration and what it names.
+
+use std::fs::Metadata;
+use std::os::unix::fs::MetadataExt;
+
+use nix::unistd::Uid;
+
+/// Who can write the configuration decides where all mail goes: that must be no one else.
+pub fn is_trusted(file: &Metadata, service: Option<Uid>) -> Result<(), String> {
+    if let Some(owner) = stranger(file, service) {
+        return Err(format!(
+            "it belongs to user {owner}, who could have all mail sent elsewhere; make it root's: \
+             chown root"
+        ));
+    }
+    // A group of one's own is harmless, but root can have no friends that it does not know.
+    let others = if Uid::effective().is_root() { 0o022 } else { 0o002 };
+    match file.mode() & others {
+        0 => Ok(()),
+        _ => Err(format!(
+            "others may write it (mode {:04o}), and could have all mail sent elsewhere; \
+             chmod go-w",
+            file.mode() & 0o7777
+        )),
+    }
+}
+
+/// The owner, if it is neither root, nor who runs this, nor `service`, whom that will become.
+fn stranger(file: &Metadata, service: Option<Uid>) -> Option<Uid> {
+    let owner = Uid::from_raw(file.uid());
+    let is_known = owner.is_root() || owner == Uid::effective() || Some(owner) == service;
+    (!is_known).then_some(owner)
+}
