@@ -113,6 +113,9 @@ fn probe(config: &Config, role: &str, destination: &Destination) -> Option<Conne
             println!("  greeting: {}", connection.greeting());
             println!("  offers: {}", connection.features());
             println!("  TLS: {}", tls(&connection, destination));
+            if let Some(login) = destination.security().login() {
+                println!("  logged in as {}", login.username());
+            }
             if role == "backup" && !connection.features().dsn {
                 println!(
                     "  warning: no DSN: it cannot be asked to send no bounces; see smtp-dup(8)"

@@ -13,7 +13,16 @@ use super::setting::{Setting, unknown};
 use crate::relay::destination::Destination;
 
 /// The keys of the mapping.
-pub const KEYS: [&str; 5] = ["address", "tls", "ca_file", "fingerprint", "server_name"];
+pub const KEYS: [&str; 8] = [
+    "address",
+    "tls",
+    "ca_file",
+    "fingerprint",
+    "server_name",
+    "username",
+    "password_file",
+    "allow_plaintext_auth",
+];
 
 /// One destination, or an empty text for none.
 pub fn optional(setting: &Setting, service: Option<Uid>) -> Result<Option<Destination>, String> {
@@ -58,6 +67,11 @@ fn mapping(
     entries: &BTreeMap<String, Setting>,
     service: Option<Uid>,
 ) -> Result<Destination, String> {
+    if entries.contains_key("password") {
+        return Err("password: does not belong into this file, which more people read than may \
+                    know it; write it into a file of its own and name that with password_file"
+            .into());
+    }
     if let Some(word) = entries.keys().find(|word| !KEYS.contains(&word.as_str())) {
         return Err(format!("{word}: {}", unknown(word, KEYS.into_iter())));
     }
@@ -76,6 +90,13 @@ impl Words<'_> {
     pub fn get(&self, key: &str) -> Result<Option<&str>, String> {
         let setting = self.0.get(key).filter(|setting| !setting.is_nothing());
         setting.map(Setting::text).transpose().map_err(|what| format!("{key}: {what}"))
+    }
+
+    /// The key is there and true.
+    #[cfg(feature = "tls")]
+    pub fn flag(&self, key: &str) -> Result<bool, String> {
+        let setting = self.0.get(key).filter(|setting| !setting.is_nothing());
+        setting.map_or(Ok(false), Setting::flag).map_err(|what| format!("{key}: {what}"))
     }
 }
 

@@ -25,6 +25,23 @@ pub fn is_trusted(file: &Metadata, service: Option<Uid>) -> Result<(), String> {
     }
 }
 
+/// A secret is read by its owner, and by a group that was made for that.
+#[cfg(feature = "tls")]
+pub fn is_secret(file: &Metadata, service: Option<Uid>) -> Result<(), String> {
+    if let Some(owner) = stranger(file, service) {
+        return Err(format!(
+            "it belongs to user {owner}, who could read the secret in it; make it root's: chown root"
+        ));
+    }
+    match file.mode() & 0o027 {
+        0 => Ok(()),
+        _ => Err(format!(
+            "others may read the secret in it, or change it (mode {:04o}); chmod g-w,o-rwx",
+            file.mode() & 0o7777
+        )),
+    }
+}
+
 /// The owner, if it is neither root, nor who runs this, nor `service`, whom that will become.
 fn stranger(file: &Metadata, service: Option<Uid>) -> Option<Uid> {
     let owner = Uid::from_raw(file.uid());

@@ -3,14 +3,17 @@
 //! The files that the keys name are read here, once, as whoever started the program; so every
 //! mistake in them is found before anything is served.
 
+use std::fs::File;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use nix::unistd::Uid;
 
 use super::destination::Words;
+use super::files::is_secret;
 use crate::relay::destination::Destination;
-use crate::relay::security::Security;
+use crate::relay::security::{Login, Security};
 use crate::tls::{self, Fingerprint, Peer, Trust};
 
 /// The values of the key `tls`.
@@ -51,7 +54,11 @@ impl Level {
 }
 
 /// The destination with all that the other keys say.
-pub fn secured(to: Destination, words: &Words, _: Option<Uid>) -> Result<Destination, String> {
+pub fn secured(
+    to: Destination,
+    words: &Words,
+    service: Option<Uid>,
+) -> Result<Destination, String> {
     let level = words.get("tls")?.map_or(Ok(Level::Opportunistic), Level::parse)?;
     for key in ["ca_file", "fingerprint", "server_name"] {
         if words.get(key)?.is_some() && !level.verifies() {
@@ -81,14 +88,68 @@ pub fn secured(to: Destination, words: &Words, _: Option<Uid>) -> Result<Destina
             return Err("ca_file, fingerprint: both; write one of them".into());
         }
     };
+    let login = login(words, level, service)?;
     let peer = || Peer::new(words.get("server_name")?.unwrap_or(to.host()), trust).map(Arc::new);
     let security = match level {
-        Level::None => Security::None,
+        Level::None => Security::None(login),
         Level::Opportunistic => Security::Opportunistic(peer()?),
-        Level::Required => Security::Required(peer()?),
-        Level::Implicit => Security::Implicit(peer()?),
+        Level::Required => Security::Required(peer()?, login),
+        Level::Implicit => Security::Implicit(peer()?, login),
     };
     Ok(to.secured(security))
+}
+
+/// Who we are to a destination. Its password goes to nobody who is not verified, nor in clear
+/// unless that is said twice.
+fn login(words: &Words, level: Level, service: Option<Uid>) -> Result<Option<Login>, String> {
+    let (name, file) = (words.get("username")?, words.get("password_file")?);
+    let in_clear = words.flag("allow_plaintext_auth")?;
+    if in_clear && (name.is_none() || level != Level::None) {
+        return Err("allow_plaintext_auth: has a meaning only with username and tls: none".into());
+    }
+    let (name, file) = match (name, file) {
+        (Some(name), Some(file)) => (name, file),
+        (None, None) => return Ok(None),
+        (Some(_), None) => {
+            return Err("username: without password_file; name a file with the password".into());
+        }
+        (None, Some(_)) => {
+            return Err("password_file: without username; write whose password it is".into());
+        }
+    };
+    if level == Level::Opportunistic {
+        return Err(
+            "username: with tls: opportunistic whoever passes for the server would get the \
+                    password; write tls: required, or implicit"
+                .into(),
+        );
+    }
+    if level == Level::None && !in_clear {
+        return Err("username: with tls: none everybody on the way can read the password; write \
+                    tls: required, or implicit; or allow_plaintext_auth: true if that does not matter"
+            .into());
+    }
+    if name.is_empty() || name.contains(char::is_control) {
+        return Err(
+            "username: is empty, or holds control characters; write the name to log in with".into(),
+        );
+    }
+    let password = path(file).and_then(|file| password(&file, service));
+    let password = password.map_err(|what| format!("password_file: {what}"))?;
+    Ok(Some(Login::new(name.into(), password)))
+}
+
+/// The password in a file: its first line.
+fn password(file: &Path, service: Option<Uid>) -> Result<String, String> {
+    let wrong = |what: &str| format!("{}: {what}", file.display());
+    let octets = read_secret(file, service, "name a file with the password in its first line")?;
+    let line = octets.split(|&octet| octet == b'\n').next().unwrap_or_default();
+    let line = line.strip_suffix(b"\r").unwrap_or(line);
+    match std::str::from_utf8(line) {
+        Ok("") => Err(wrong("its first line is empty; write the password there")),
+        Ok(text) if !text.contains('\0') => Ok(text.into()),
+        _ => Err(wrong("its first line is no text in UTF-8; write the password there")),
+    }
 }
 
 /// A file by its whole path. What was written instead is not shown: it may be a secret.
@@ -102,4 +163,15 @@ pub fn path(text: &str) -> Result<PathBuf, String> {
 /// The octets of a file.
 pub fn read(file: &Path, remedy: &str) -> Result<Vec<u8>, String> {
     std::fs::read(file).map_err(|error| format!("{}: {error}; {remedy}", file.display()))
+}
+
+/// The octets of a file with a secret in it, which must be one.
+fn read_secret(file: &Path, service: Option<Uid>, remedy: &str) -> Result<Vec<u8>, String> {
+    let wrong = |what: String| format!("{}: {what}", file.display());
+    let unreadable = |error: std::io::Error| wrong(format!("{error}; {remedy}"));
+    let mut open = File::open(file).map_err(unreadable)?;
+    is_secret(&open.metadata().map_err(unreadable)?, service).map_err(wrong)?;
+    let mut octets = Vec::new();
+    open.read_to_end(&mut octets).map_err(unreadable)?;
+    Ok(octets)
 }

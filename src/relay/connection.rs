@@ -6,6 +6,7 @@
 //! write, and time limits for whole steps. Everything that can go wrong is a
 //! [`Failure`], after which the connection is of no more use.
 
+mod login;
 mod opening;
 
 use std::fmt;
@@ -50,6 +51,8 @@ pub enum Step {
     StartTls,
     /// The handshake for TLS.
     Handshake,
+    /// AUTH.
+    Auth,
     /// MAIL, RCPT, DATA or RSET, by verb.
     Command(&'static str),
     /// Sending the message.
@@ -61,7 +64,7 @@ pub enum Step {
 impl Step {
     fn is_before_mail(self) -> bool {
         matches!(self, Step::Connect | Step::Greeting | Step::Hello)
-            || matches!(self, Step::StartTls | Step::Handshake)
+            || matches!(self, Step::StartTls | Step::Handshake | Step::Auth)
     }
 }
 
@@ -73,6 +76,7 @@ impl fmt::Display for Step {
             Step::Hello => f.write_str("EHLO"),
             Step::StartTls => f.write_str("STARTTLS"),
             Step::Handshake => f.write_str("TLS"),
+            Step::Auth => f.write_str("AUTH"),
             Step::Command(verb) => f.write_str(verb),
             Step::Message => f.write_str("message"),
             Step::EndOfData => f.write_str("end of data"),
@@ -123,6 +127,7 @@ impl Failure {
         match self {
             Failure::Unfit(Step::StartTls, _) => "4.7.4",
             Failure::Unfit(Step::Handshake, _) => "4.7.5",
+            Failure::Unfit(Step::Auth, _) | Failure::Unwelcome(Step::Auth, _) => "4.7.0",
             _ => "4.4.1",
         }
     }

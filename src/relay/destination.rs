@@ -63,7 +63,7 @@ impl Destination {
             format!("has the port \"{port}\"; a port is a number from 1 to 65535")
         })?;
         let (host, name) = (host.to_string(), text.to_string());
-        Ok(Destination { host, port, name, security: Security::None })
+        Ok(Destination { host, port, name, security: Security::None(None) })
     }
 
     /// The same server, but as secure as this.

@@ -23,6 +23,10 @@ pub struct Features {
     pub xforward: Vec<String>,
     /// STARTTLS (RFC 3207), which is not mirrored: it is of one connection alone.
     pub starttls: bool,
+    /// AUTH PLAIN (RFC 4954, RFC 4616), not mirrored either.
+    pub auth_plain: bool,
+    /// AUTH LOGIN, the same.
+    pub auth_login: bool,
 }
 
 impl Features {
@@ -32,7 +36,8 @@ impl Features {
         // The first line is the server's name.
         for text in reply.texts().skip(1) {
             let text = String::from_utf8_lossy(text).to_ascii_uppercase();
-            let mut words = text.split_whitespace();
+            // Old servers write AUTH=LOGIN.
+            let mut words = text.split([' ', '\t', '=']).filter(|word| !word.is_empty());
             match words.next() {
                 Some("PIPELINING") => features.pipelining = true,
                 Some("8BITMIME") => features.eight_bit = true,
@@ -41,6 +46,10 @@ impl Features {
                 Some("ENHANCEDSTATUSCODES") => features.status_codes = true,
                 Some("XFORWARD") => features.xforward = words.map(str::to_string).collect(),
                 Some("STARTTLS") => features.starttls = true,
+                Some("AUTH") => {
+                    features.auth_plain |= words.clone().any(|word| word == "PLAIN");
+                    features.auth_login |= words.any(|word| word == "LOGIN");
+                }
                 Some("SIZE") => {
                     let limit = words.next().and_then(|word| word.parse().ok());
                     features.size = Some(limit.filter(|&limit| limit > 0));

@@ -342,7 +342,7 @@ fn a_mistake_is_one_line_with_key_value_and_remedy() {
         ),
         (
             relay("destination_backups:\n- address: b:25\n  username: u"),
-            &["relay.destination_backups", "username", "smtp-dup.yaml(5)"],
+            &["relay.destination_backups", "username"],
         ),
         // The primary.
         (

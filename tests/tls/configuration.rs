@@ -1,6 +1,7 @@
 //! Mistakes in the keys for TLS, each refused at the start with the key, what is wrong, and the
 //! remedy.
 
+use std::os::unix::fs::PermissionsExt;
 use std::process::Output;
 
 use crate::common::*;
@@ -114,4 +115,109 @@ fn the_same_server_with_other_keys_is_the_same_server() {
     assert_refused(&output, &["relay.destination_backups", "stands there twice"]);
     let output = run(&["check"], Some(&config("\"127.0.0.1:2\"", &twice[..1], "", "")), &[]);
     assert_refused(&output, &["relay.destination_backups", "is the primary as well"]);
+}
+
+/// A file with a password, and the keys that name it.
+fn password(text: &str) -> (tempfile::NamedTempFile, String) {
+    let file = file(text);
+    let keys = format!("username: relay, password_file: \"{}\"", file.path().display());
+    (file, keys)
+}
+
+/// TLS that would be good enough, if there were a server.
+fn pinned() -> String {
+    format!("tls: required, fingerprint: \"{}\"", "ab".repeat(32))
+}
+
+#[test]
+fn a_password_has_no_place_in_the_file() {
+    let words = ["password: does not belong into this file", "password_file"];
+    refused_silently("tls: required, username: relay, password: HushHush1", &words);
+    refused_silently(
+        &format!("{}, username: relay, password_file: HushHush1", pinned()),
+        &["password_file: is no whole path"],
+    );
+}
+
+/// As `refused`, and the secret is not shown. The name of the destination need not be.
+#[track_caller]
+fn refused_silently(keys: &str, words: &[&str]) {
+    let output = with(keys);
+    assert_refused(&output, words);
+    assert!(!String::from_utf8_lossy(&output.stderr).contains("HushHush1"), "{output:?}");
+}
+
+#[test]
+fn one_half_of_a_login() {
+    let (_file, keys) = password("HushHush1\n");
+    let (name, file) = keys.split_once(", ").unwrap();
+    refused(&format!("{}, {name}", pinned()), &["username: without password_file"]);
+    refused(&format!("{}, {file}", pinned()), &["password_file: without username"]);
+    for name in ["\"\"", "\"a\\0b\"", "\"a\\nb\""] {
+        refused(&format!("{}, username: {name}, {file}", pinned()), &["username: "]);
+    }
+}
+
+#[test]
+fn a_password_is_not_given_to_anybody() {
+    let (_file, keys) = password("HushHush1\n");
+    for tls in ["", "tls: opportunistic, "] {
+        refused(&format!("{tls}{keys}"), &["username: with tls: opportunistic", "tls: required"]);
+    }
+    for allow in ["", ", allow_plaintext_auth: false"] {
+        refused(
+            &format!("tls: none, {keys}{allow}"),
+            &["username: with tls: none", "allow_plaintext_auth: true"],
+        );
+    }
+    for elsewhere in [
+        format!("{}, {keys}", pinned()),
+        keys.clone(),
+        format!("tls: opportunistic, {keys}"),
+        "tls: none".into(),
+        pinned(),
+    ] {
+        refused(&format!("{elsewhere}, allow_plaintext_auth: true"), &["allow_plaintext_auth: "]);
+    }
+    refused("allow_plaintext_auth: maybe", &["allow_plaintext_auth: ", "true nor false"]);
+}
+
+#[test]
+fn a_password_file_that_holds_none() {
+    for text in ["", "\n", "\r\nHushHush1\n", "a\0b\n"] {
+        let (file, keys) = password(text);
+        let name = file.path().display().to_string();
+        refused(&format!("{}, {keys}", pinned()), &["password_file: ", &name, "its first line"]);
+    }
+    let file = file(b"\xff\xfe\n");
+    let keys = format!("username: relay, password_file: \"{}\"", file.path().display());
+    refused(&format!("{}, {keys}", pinned()), &["password_file: ", "UTF-8"]);
+    refused(
+        &format!("{}, username: relay, password_file: /none/there", pinned()),
+        &["password_file: /none/there: No such file", "first line"],
+    );
+}
+
+#[test]
+fn a_password_file_that_others_may_read() {
+    let (file, keys) = password("HushHush1\n");
+    let keys = format!("{}, {keys}", pinned());
+    let mode = |mode| {
+        std::fs::set_permissions(file.path(), PermissionsExt::from_mode(mode)).unwrap();
+    };
+    for bad in [0o644, 0o604, 0o602, 0o620, 0o660, 0o666, 0o641] {
+        mode(bad);
+        refused(&keys, &["password_file: ", &format!("mode {bad:04o}"), "chmod g-w,o-rwx"]);
+    }
+    // The primary is not there, which is another matter.
+    for good in [0o600, 0o400, 0o640, 0o440] {
+        mode(good);
+        let output = with(&keys);
+        assert_eq!(output.status.code(), Some(1), "{output:?}");
+    }
+    if nix::unistd::Uid::effective().is_root() {
+        mode(0o600);
+        std::os::unix::fs::chown(file.path(), Some(65534), None).unwrap();
+        refused(&keys, &["password_file: ", "belongs to user 65534", "chown root"]);
+    }
 }

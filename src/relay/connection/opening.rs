@@ -1,4 +1,4 @@
-//! How a connection comes about: connect, greeting, EHLO, TLS.
+//! How a connection comes about: connect, greeting, EHLO, TLS, AUTH.
 //!
 //! The order is that of the server's [`Security`]. With `tls: required` nothing but EHLO and
 //! STARTTLS is said in clear, and what the server has said in clear is forgotten.
@@ -20,8 +20,8 @@ use crate::stream::{Stream, Unsecured};
 use crate::tls::Peer;
 
 impl Connection {
-    /// Connects, waits for the greeting, says EHLO (HELO where that is not understood), and makes
-    /// it as secure as the configuration asks.
+    /// Connects, waits for the greeting, says EHLO (HELO where that is not understood), makes it
+    /// as secure as the configuration asks, and logs in.
     ///
     /// # Errors
     /// Any [`Failure`]; a server that answers with 4xx or 5xx is [`Failure::Unwelcome`].
@@ -32,12 +32,16 @@ impl Connection {
         deadline: Deadline,
     ) -> Result<Connection, Failure> {
         let opening = Opening { to, us, limits, deadline };
-        match to.security() {
-            Security::None => opening.in_clear(),
+        let mut connection = match to.security() {
+            Security::None(_) => opening.in_clear(),
             Security::Opportunistic(peer) => opening.opportunistic(peer),
-            Security::Required(peer) => opening.required(peer),
-            Security::Implicit(peer) => opening.implicit(peer),
+            Security::Required(peer, _) => opening.required(peer),
+            Security::Implicit(peer, _) => opening.implicit(peer),
+        }?;
+        if let Some(login) = to.security().login() {
+            connection.log_in(login, deadline)?;
         }
+        Ok(connection)
     }
 }
 
