@@ -7,7 +7,7 @@
 mod circles;
 pub mod destination;
 mod files;
-#[cfg(feature = "tls")]
+#[cfg_attr(not(feature = "tls"), path = "config/no_security.rs")]
 mod security;
 mod setting;
 
@@ -24,12 +24,14 @@ use nix::unistd::Uid;
 use serde::Deserialize;
 
 use self::files::is_trusted;
+use self::security::certificate;
 use self::setting::{Setting, addresses, domain, level, nearest, network, target, unknown};
 use crate::logger::Target;
 use crate::maillog::one_line;
 use crate::relay::connection::Limits;
 use crate::relay::destination::Destination;
 use crate::spool;
+use crate::tls::Certificate;
 
 /// Where the file is sought when `--config` does not say.
 pub const SEARCH: [&str; 2] = ["config.yaml", "/etc/smtp-dup/config.yaml"];
@@ -51,6 +53,8 @@ pub struct Config {
     pub max_recipients: usize,
     /// Longest silence of a client.
     pub timeout: Duration,
+    /// Who we are to clients that want TLS.
+    pub tls: Option<Certificate>,
     /// The server whose word counts.
     pub primary: Destination,
     /// The servers that get copies.
@@ -105,6 +109,8 @@ pub const KEYS: &[Key] = &[
     key("smtp.max_message_size", |d, s| put(&mut d.max_message_size, s.octets())),
     key("smtp.max_recipients", |d, s| put(&mut d.max_recipients, s.count(1_000_000))),
     key("smtp.timeout_seconds", |d, s| put(&mut d.timeout, s.seconds())),
+    key("smtp.tls_certificate", |d, s| put(&mut d.tls_certificate, s.optional_path())),
+    key("smtp.tls_key", |d, s| put(&mut d.tls_key, s.optional_path())),
     key("relay.destination_primary", |d, s| {
         put(&mut d.primary, destination::optional(s, d.service))
     }),
@@ -114,7 +120,7 @@ pub const KEYS: &[Key] = &[
     key("relay.data_timeout_seconds", |d, s| put(&mut d.limits.data, s.seconds())),
     key("relay.backup_connections", |d, s| put(&mut d.backup_connections, s.count(1000))),
     key("relay.backup_memory", |d, s| put(&mut d.backup_memory, s.octets())),
-    key("relay.spool", |d, s| put(&mut d.spool, s.optional_folder())),
+    key("relay.spool", |d, s| put(&mut d.spool, s.optional_path())),
     key("relay.spool_required", |d, s| put(&mut d.spool_required, s.flag())),
     key("relay.spool_max_bytes", |d, s| put(&mut d.spool_max_bytes, s.octets())),
     key("relay.retry_for_seconds", |d, s| put(&mut d.retry_for, s.long_seconds())),
@@ -145,6 +151,8 @@ struct Draft {
     max_message_size: u64,
     max_recipients: usize,
     timeout: Duration,
+    tls_certificate: Option<PathBuf>,
+    tls_key: Option<PathBuf>,
     primary: Option<Destination>,
     backups: Vec<Destination>,
     limits: Limits,
@@ -172,6 +180,8 @@ impl Default for Draft {
             max_message_size: 0,
             max_recipients: 1000,
             timeout: Duration::from_secs(300),
+            tls_certificate: None,
+            tls_key: None,
             primary: None,
             backups: Vec::new(),
             limits: Limits {
@@ -310,6 +320,9 @@ impl Draft {
                     .into(),
             ));
         }
+        let tls =
+            certificate(self.tls_certificate.as_deref(), self.tls_key.as_deref(), self.service)
+                .map_err(Mistake)?;
         let spool = self.spool.map(|folder| spool::Settings {
             folder,
             required: self.spool_required,
@@ -324,6 +337,7 @@ impl Draft {
             max_message_size: self.max_message_size,
             max_recipients: self.max_recipients,
             timeout: self.timeout,
+            tls,
             primary,
             backups: self.backups,
             limits: self.limits,

@@ -104,6 +104,16 @@ pub fn connected(client: SocketAddr) {
     debug!("client={client} connected");
 }
 
+/// A client has begun TLS.
+pub fn client_has_tls(client: SocketAddr, cipher: &str) {
+    info!("client={client} TLS: {cipher}");
+}
+
+/// A client wanted TLS, and the session ends without.
+pub fn client_without_tls(client: SocketAddr, why: &str) {
+    info!("client={client} TLS failed: {}", one_line(why));
+}
+
 /// A session ended.
 pub fn disconnected(client: SocketAddr, how: &str) {
     debug!("client={client} {how}");

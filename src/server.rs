@@ -108,6 +108,7 @@ pub fn run(
             max_message_size: config.max_message_size,
             max_recipients: config.max_recipients,
             timeout: config.timeout,
+            tls: config.tls.as_ref(),
             primary: &primary,
             budget: &Budget::new(config.backup_memory, files, store.scratch),
             spool: store.spool.clone(),

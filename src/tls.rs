@@ -1,6 +1,6 @@
 //! TLS by rustls: what is asked of a destination, and what is shown to clients.
 //!
-//! `config` makes a [`Peer`] for each destination and an [`Identity`] for clients while it is being
+//! `config` makes a [`Peer`] for each destination and a [`Certificate`] for clients while it is being
 //! loaded: certificates and keys are read then, as whoever started the program, and never again.
 //! A [`Stream`](crate::stream::Stream) holds the [`Session`] that either of them gives.
 //!
@@ -139,14 +139,26 @@ pub fn authorities(text: &[u8]) -> Result<RootCertStore, String> {
     Ok(store)
 }
 
-/// The certificates in a file's text, in PEM; at least one.
-fn certificates(text: &[u8]) -> Result<Vec<CertificateDer<'static>>, String> {
+/// The certificates in the text of a file, in PEM; at least one.
+///
+/// # Errors
+/// A text that says what is wrong with it.
+pub fn certificates(text: &[u8]) -> Result<Vec<CertificateDer<'static>>, String> {
     let all: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(text).collect();
     match all {
         Ok(all) if !all.is_empty() => Ok(all),
         Ok(_) => Err("holds no certificate; write them in PEM (BEGIN CERTIFICATE)".into()),
         Err(error) => Err(format!("holds no certificate in PEM: {error}")),
     }
+}
+
+/// The private key in the text of a file, in PEM.
+///
+/// # Errors
+/// A text that says what is wrong with it, and nothing of the key.
+pub fn private_key(text: &[u8]) -> Result<PrivateKeyDer<'static>, String> {
+    PrivateKeyDer::from_pem_slice(text)
+        .map_err(|_| "holds no private key; write it in PEM, and not encrypted".into())
 }
 
 /// The SHA-256 of a certificate.
@@ -255,30 +267,30 @@ impl ServerCertVerifier for Unchained {
 
 /// Who we are to clients: a certificate with its chain, and its key.
 #[derive(Debug, Clone)]
-pub struct Identity(Arc<ServerConfig>);
+pub struct Certificate(Arc<ServerConfig>);
 
-impl Identity {
-    /// Takes the texts of two files in PEM.
+impl Certificate {
+    /// Takes our certificate, with those that lead from it to a CA, and its key.
     ///
     /// # Errors
-    /// A text that begins with the key of the configuration that is wrong.
-    pub fn new(certificate: &[u8], key: &[u8]) -> Result<Identity, String> {
-        let chain =
-            certificates(certificate).map_err(|what| format!("smtp.tls_certificate: {what}"))?;
-        let key = PrivateKeyDer::from_pem_slice(key).map_err(|_| {
-            "smtp.tls_key: holds no private key; write it in PEM, and not encrypted".to_string()
-        })?;
+    /// A text about the key.
+    pub fn new(
+        chain: Vec<CertificateDer<'static>>,
+        key: PrivateKeyDer<'static>,
+    ) -> Result<Certificate, String> {
         let provider = Arc::new(rustls::crypto::ring::default_provider());
         let config = ServerConfig::builder_with_provider(provider)
             .with_safe_default_protocol_versions()
             .and_then(|builder| builder.with_no_client_auth().with_single_cert(chain, key))
             .map_err(|error| match error {
-                rustls::Error::InconsistentKeys(_) => "smtp.tls_key: is not the key of the \
-                    certificate in smtp.tls_certificate; name the two that belong together"
-                    .into(),
-                error => format!("smtp.tls_certificate, smtp.tls_key: {error}"),
+                rustls::Error::InconsistentKeys(_) => {
+                    "is not the key of the certificate in smtp.tls_certificate; name the two that \
+                     belong together"
+                        .to_string()
+                }
+                error => format!("does not do with smtp.tls_certificate: {error}"),
             })?;
-        Ok(Identity(Arc::new(config)))
+        Ok(Certificate(Arc::new(config)))
     }
 
     /// The beginning of a session.

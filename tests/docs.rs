@@ -57,8 +57,27 @@ fn known_keys() -> BTreeSet<String> {
     KEYS.iter().map(|key| key.name.to_string()).collect()
 }
 
+/// A folder with what stands in /etc/smtp-dup where there is TLS.
+fn etc_of_a_host() -> TempDir {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let own = rcgen::generate_simple_self_signed(["mail.example.com".into()]).expect("its own");
+    let (certificate, key) = (own.cert.pem(), own.signing_key.serialize_pem());
+    for (name, text) in [("cert.pem", &certificate), ("key.pem", &key), ("ca.pem", &certificate)] {
+        fs::write(folder.path().join(name), text).expect("writable");
+    }
+    fs::write(folder.path().join("archive.secret"), "secret\n").expect("writable");
+    for secret in ["key.pem", "archive.secret"] {
+        fs::set_permissions(folder.path().join(secret), PermissionsExt::from_mode(0o600))
+            .expect("ours");
+    }
+    folder
+}
+
 /// Loads a configuration as smtp-dup does, with nothing in the environment but `environment`.
+/// Files of /etc/smtp-dup are those of [`etc_of_a_host`].
 fn load(yaml: &str, environment: &[(&str, &str)]) -> Result<Config, String> {
+    let etc = etc_of_a_host();
+    let yaml = yaml.replace("/etc/smtp-dup/", &format!("{}/", etc.path().display()));
     let mut file = tempfile::NamedTempFile::new().expect("a temporary file");
     file.write_all(yaml.as_bytes()).expect("writable");
     let owned = |&(name, value): &(&str, &str)| (name.to_string(), value.to_string());

@@ -7,7 +7,6 @@ use std::collections::BTreeMap;
 
 use nix::unistd::Uid;
 
-#[cfg(feature = "tls")]
 use super::security::secured;
 use super::setting::{Setting, unknown};
 use crate::relay::destination::Destination;
@@ -83,7 +82,7 @@ fn mapping(
 }
 
 /// The entries of a mapping, as texts.
-pub struct Words<'a>(&'a BTreeMap<String, Setting>);
+pub struct Words<'a>(pub &'a BTreeMap<String, Setting>);
 
 impl Words<'_> {
     /// The text of a key, if there is one.
@@ -97,19 +96,5 @@ impl Words<'_> {
     pub fn flag(&self, key: &str) -> Result<bool, String> {
         let setting = self.0.get(key).filter(|setting| !setting.is_nothing());
         setting.map_or(Ok(false), Setting::flag).map_err(|what| format!("{key}: {what}"))
-    }
-}
-
-/// The destination, if the other keys ask for nothing.
-#[cfg(not(feature = "tls"))]
-fn secured(to: Destination, words: &Words, _: Option<Uid>) -> Result<Destination, String> {
-    let is_plain = words.get("tls")?.is_none_or(|level| level == "none");
-    let asked = words.0.keys().find(|key| *key != "address" && (*key != "tls" || !is_plain));
-    match asked {
-        None => Ok(to),
-        Some(key) => Err(format!(
-            "{key}: this smtp-dup was built without TLS; leave the key out, or build it with the \
-             feature tls"
-        )),
     }
 }

@@ -14,7 +14,7 @@ use super::destination::Words;
 use super::files::is_secret;
 use crate::relay::destination::Destination;
 use crate::relay::security::{Login, Security};
-use crate::tls::{self, Fingerprint, Peer, Trust};
+use crate::tls::{self, Certificate, Fingerprint, Peer, Trust};
 
 /// The values of the key `tls`.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -150,6 +150,38 @@ fn password(file: &Path, service: Option<Uid>) -> Result<String, String> {
         Ok(text) if !text.contains('\0') => Ok(text.into()),
         _ => Err(wrong("its first line is no text in UTF-8; write the password there")),
     }
+}
+
+/// Who we are to clients, if that is configured.
+pub fn certificate(
+    certificate: Option<&Path>,
+    key: Option<&Path>,
+    service: Option<Uid>,
+) -> Result<Option<Certificate>, String> {
+    let (certificate, key) = match (certificate, key) {
+        (Some(certificate), Some(key)) => (certificate, key),
+        (None, None) => return Ok(None),
+        (Some(_), None) => {
+            return Err(
+                "smtp.tls_certificate: without smtp.tls_key; name the file with its key".into()
+            );
+        }
+        (None, Some(_)) => {
+            return Err("smtp.tls_key: without smtp.tls_certificate; name the file with the \
+                        certificate"
+                .into());
+        }
+    };
+    let wrong = |what| format!("smtp.tls_certificate: {what}");
+    let text = read(certificate, "name a file with our certificate in PEM").map_err(wrong)?;
+    let wrong = |what| format!("smtp.tls_certificate: {}: {what}", certificate.display());
+    let chain = tls::certificates(&text).map_err(wrong)?;
+    let wrong = |what| format!("smtp.tls_key: {what}");
+    let remedy = "name a file with the certificate's key in PEM";
+    let text = read_secret(key, service, remedy).map_err(wrong)?;
+    let wrong = |what| format!("smtp.tls_key: {}: {what}", key.display());
+    let key = tls::private_key(&text).map_err(wrong)?;
+    Certificate::new(chain, key).map(Some).map_err(wrong)
 }
 
 /// A file by its whole path. What was written instead is not shown: it may be a secret.

@@ -146,8 +146,8 @@ impl Setting {
         }
     }
 
-    /// A folder, by its whole path; an empty variable unsets the key.
-    pub fn optional_folder(&self) -> Result<Option<PathBuf>, String> {
+    /// A file or folder, by its whole path; an empty variable unsets the key.
+    pub fn optional_path(&self) -> Result<Option<PathBuf>, String> {
         match self.text()? {
             "" => Ok(None),
             text if text.starts_with('/') => Ok(Some(text.into())),

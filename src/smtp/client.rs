@@ -8,8 +8,9 @@ use std::net::SocketAddr;
 use super::reply::Reply;
 use super::session::Shared;
 use super::wire::{Input, MAX_COMMAND_LINE};
-use crate::shutdown::Deadline;
-use crate::stream::{Stream, is_tick};
+use crate::shutdown::{Deadline, Expired};
+use crate::stream::{Stream, Unsecured, is_tick};
+use crate::tls::Session;
 
 /// What one read takes while a client sends commands, in octets: one of the longest lines. Idle
 /// clients are many; one that sends more at once gets a bigger buffer.
@@ -73,6 +74,30 @@ impl<'a> Client<'a> {
             }
         }
         Ok(())
+    }
+
+    /// Shakes hands for TLS. Gives version and cipher.
+    ///
+    /// # Errors
+    /// Why that failed: nothing can be said to the client any more, not even in clear.
+    pub fn secure(&mut self, session: Session) -> Result<String, String> {
+        let shutdown = self.shared.shutdown;
+        let deadline = Deadline::of_transaction(self.shared.timeout, shutdown);
+        let may_go_on = || match shutdown.dismisses(false) {
+            true => Err(Expired::Stopping),
+            false => deadline.left().map(drop),
+        };
+        self.stream.secure(session, may_go_on).map_err(|error| match error {
+            Unsecured::Expired(Expired::TimedOut) => "timed out".into(),
+            Unsecured::Expired(Expired::Stopping) => "smtp-dup is stopping".into(),
+            Unsecured::Failed(what) => what,
+        })?;
+        Ok(self.stream.tls().unwrap_or_default())
+    }
+
+    /// What it says and hears goes through TLS.
+    pub fn has_tls(&self) -> bool {
+        self.stream.tls().is_some()
     }
 
     /// Writes what is left to say. Closing a socket with unread input would make the peer lose

@@ -25,7 +25,9 @@ pub enum Command {
     Help,
     /// VRFY.
     Vrfy,
-    /// A command of SMTP that is not offered: EXPN, AUTH, STARTTLS, BDAT, TURN …
+    /// STARTTLS.
+    StartTls,
+    /// A command of SMTP that is not offered: EXPN, AUTH, BDAT, TURN …
     NotOffered,
 }
 
@@ -118,8 +120,10 @@ impl Command {
             b"QUIT" => Ok(Command::Quit),
             b"HELP" => Ok(Command::Help),
             b"VRFY" => Ok(Command::Vrfy),
-            b"EXPN" | b"AUTH" | b"STARTTLS" | b"BDAT" | b"TURN" | b"ETRN" | b"SEND" | b"SOML"
-            | b"SAML" | b"XCLIENT" => Ok(Command::NotOffered),
+            b"STARTTLS" if argument.is_empty() => Ok(Command::StartTls),
+            b"STARTTLS" => Err(Malformed::Argument("STARTTLS takes no argument")),
+            b"EXPN" | b"AUTH" | b"BDAT" | b"TURN" | b"ETRN" | b"SEND" | b"SOML" | b"SAML"
+            | b"XCLIENT" => Ok(Command::NotOffered),
             _ => Err(Malformed::Unknown),
         }
     }

@@ -29,6 +29,7 @@ use crate::relay::primary::{MAX_UNANSWERED, Primary, stopping};
 use crate::shutdown::{Deadline, Expired, Shutdown, TICK};
 use crate::spool::Spool;
 use crate::stream::Stream;
+use crate::tls::Certificate;
 
 /// Commands that are unknown, malformed or out of order, one after the other, before the client
 /// is cut off. What the primary refuses does not count.
@@ -49,6 +50,8 @@ pub struct Shared<'a> {
     pub max_recipients: usize,
     /// Longest silence of a client, and the longest that a command line may take to come.
     pub timeout: Duration,
+    /// Who we are, for clients that want TLS.
+    pub tls: Option<&'a Certificate>,
     /// Connections to the primary.
     pub primary: &'a Pool,
     /// Memory for copies …
@@ -372,6 +375,7 @@ impl<'a, 'scope, 'env> Session<'a, 'scope, 'env> {
             }
             Ok(Command::Ehlo) => return self.hello(true),
             Ok(Command::Helo) => return self.hello(false),
+            Ok(Command::StartTls) => return self.start_tls(),
             Ok(Command::Rset) => {
                 self.leave_transaction();
                 Reply::new(250, "2.0.0", "ok")
@@ -402,11 +406,49 @@ impl<'a, 'scope, 'env> Session<'a, 'scope, 'env> {
         let mut lines = vec![self.shared.us.domain.clone()];
         if extended {
             lines.extend(offered.lines());
+            let offers_tls = self.shared.tls.is_some() && !self.client.has_tls();
+            lines.extend(offers_tls.then(|| "STARTTLS".to_string()));
         }
         let reply = Reply::lines(250, &lines);
         self.grammar.step(Step::Hello, &reply);
         self.greeted = true;
         self.client.say(&reply);
+        Ok(())
+    }
+
+    /// STARTTLS (RFC 3207): all that was said before the handshake is forgotten behind it, for
+    /// anybody may have said it.
+    fn start_tls(&mut self) -> Result<(), End> {
+        let Some(certificate) = self.shared.tls else {
+            return self.mistake(not_offered());
+        };
+        if self.client.has_tls() {
+            return self.mistake(Reply::new(503, "5.5.1", "TLS is there already"));
+        }
+        if self.transaction.is_some() {
+            return self.mistake(Reply::new(503, "5.5.1", "STARTTLS out of order"));
+        }
+        let address = self.client.address;
+        // Who can put octets behind STARTTLS would have them read as if they came through TLS
+        // (CVE-2011-0411).
+        if !self.client.input.unread().is_empty() || self.client.read_now()? {
+            maillog::client_without_tls(address, "octets behind STARTTLS");
+            return self.close(&Reply::new(554, "5.5.1", "nothing may stand behind STARTTLS"));
+        }
+        self.leave_transaction();
+        self.primary.release();
+        self.client.say(&Reply::new(220, "2.0.0", "go ahead"));
+        self.client.flush()?;
+        match certificate.session().and_then(|session| self.client.secure(session)) {
+            Ok(cipher) => maillog::client_has_tls(address, &cipher),
+            Err(why) => {
+                maillog::client_without_tls(address, &why);
+                return Err(End::Gone);
+            }
+        }
+        self.grammar = Grammar::new();
+        self.greeted = false;
+        self.errors = 0;
         Ok(())
     }
 

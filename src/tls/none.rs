@@ -29,9 +29,9 @@ impl Peer {
 
 /// No certificate to show.
 #[derive(Debug, Clone)]
-pub enum Identity {}
+pub enum Certificate {}
 
-impl Identity {
+impl Certificate {
     /// There is none.
     pub fn session(&self) -> Result<Session, String> {
         match *self {}

@@ -82,6 +82,7 @@ fn to_client(server: SocketAddr, said: &[u8], script: &[u8]) {
             max_message_size: 60,
             max_recipients: 10,
             timeout: BOUND,
+            tls: None,
             primary: &pool,
             budget: &Budget::new(0, 0, Scratch::Memory),
             spool: None,

@@ -170,6 +170,7 @@ impl World {
                 max_message_size: terms.max_message_size,
                 max_recipients: terms.max_recipients,
                 timeout: BOUND,
+                tls: None,
                 primary: &pool,
                 budget: &Budget::new(terms.memory, 10, Scratch::Memory),
                 spool: None,

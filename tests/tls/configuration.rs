@@ -221,3 +221,59 @@ fn a_password_file_that_others_may_read() {
         refused(&keys, &["password_file: ", "belongs to user 65534", "chown root"]);
     }
 }
+
+/// The two files that clients' TLS needs, as lines of the section.
+fn identity(certificate: &str, key: &str) -> Output {
+    let lines = [("tls_certificate", certificate), ("tls_key", key)];
+    let lines = lines.iter().filter(|(_, file)| !file.is_empty());
+    let lines: String = lines.map(|(key, file)| format!("{key}: \"{file}\"\n")).collect();
+    run(&["check"], Some(&config("\"127.0.0.1:1\"", &[], &lines, "")), &[])
+}
+
+#[test]
+fn a_certificate_and_a_key_that_do_not_do() {
+    let authority = Authority::new();
+    let (one, other) = (authority.issue("a.example"), authority.issue("b.example"));
+    let (certificate, key) = (file(&one.certificate), file(&one.key));
+    let name = |file: &tempfile::NamedTempFile| file.path().display().to_string();
+    let (certificate_name, key_name) = (name(&certificate), name(&key));
+    // The primary is not there, which is another matter.
+    assert_eq!(identity(&certificate_name, &key_name).status.code(), Some(1));
+
+    assert_refused(
+        &identity(&certificate_name, ""),
+        &["smtp.tls_certificate: ", "without smtp.tls_key"],
+    );
+    assert_refused(&identity("", &key_name), &["smtp.tls_key: ", "without smtp.tls_certificate"]);
+    assert_refused(&identity("cert.pem", &key_name), &["smtp.tls_certificate: ", "begins with /"]);
+    assert_refused(
+        &identity("/none/cert.pem", &key_name),
+        &["smtp.tls_certificate: /none/cert.pem: No such file", "PEM"],
+    );
+    assert_refused(
+        &identity(&certificate_name, "/none/key.pem"),
+        &["smtp.tls_key: /none/key.pem: No such file", "PEM"],
+    );
+    assert_refused(
+        &identity(&key_name, &key_name),
+        &["smtp.tls_certificate: ", &key_name, "holds no certificate"],
+    );
+    let no_key = file("HushHush1");
+    let output = identity(&certificate_name, &name(&no_key));
+    assert_refused(&output, &["smtp.tls_key: ", &name(&no_key), "holds no private key"]);
+    assert!(!String::from_utf8_lossy(&output.stderr).contains("HushHush1"), "{output:?}");
+    let wrong = file(&other.key);
+    assert_refused(
+        &identity(&certificate_name, &name(&wrong)),
+        &["smtp.tls_key: ", &name(&wrong), "is not the key of the certificate"],
+    );
+    std::fs::set_permissions(key.path(), PermissionsExt::from_mode(0o644)).unwrap();
+    assert_refused(
+        &identity(&certificate_name, &key_name),
+        &["smtp.tls_key: ", &key_name, "others may read the secret", "0644", "chmod"],
+    );
+    // A certificate is no secret.
+    std::fs::set_permissions(key.path(), PermissionsExt::from_mode(0o600)).unwrap();
+    std::fs::set_permissions(certificate.path(), PermissionsExt::from_mode(0o644)).unwrap();
+    assert_eq!(identity(&certificate_name, &key_name).status.code(), Some(1));
+}

@@ -1,12 +1,14 @@
 //! TLS, on both sides of smtp-dup: scripted servers that can do it, and clients that do.
 //!
 //! `destinations` is what a destination's `tls` promises, `attacks` who stands in the middle,
-//! `credentials` how it logs in, `messages` that mail is the same with it, `configuration` what is refused at the start.
+//! `credentials` how it logs in, `messages` that mail is the same with it, `clients` STARTTLS for
+//! clients, `configuration` what is refused at the start.
 
 #[path = "../common/mod.rs"]
 mod common;
 
 mod attacks;
+mod clients;
 mod configuration;
 mod credentials;
 mod destinations;

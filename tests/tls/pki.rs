@@ -37,6 +37,10 @@ impl Authority {
         Authority { issuer: Issuer::new(params, key), pem }
     }
 
+    pub fn der(&self) -> CertificateDer<'static> {
+        CertificateDer::from_pem_slice(self.pem.as_bytes()).unwrap()
+    }
+
     /// A certificate for this name or address.
     pub fn issue(&self, name: &str) -> Pair {
         self.issue_with(name, |_| {})

@@ -18,6 +18,8 @@ pub struct Side {
     out: Vec<u8>,
     /// Its peer has closed.
     ended: bool,
+    /// Its peer reads no more; what it has said can still be read.
+    deaf: bool,
     /// The other's peer has: close when all is written.
     ending: bool,
     /// Say close_notify then.
@@ -31,7 +33,15 @@ impl Side {
             tls.set_buffer_limit(None);
         }
         socket.set_nonblocking(true).unwrap();
-        Side { socket, tls, out: Vec::new(), ended: false, ending: false, says_close: true }
+        Side {
+            socket,
+            tls,
+            out: Vec::new(),
+            ended: false,
+            deaf: false,
+            ending: false,
+            says_close: true,
+        }
     }
 
     /// Takes octets that are to go out here.
@@ -42,8 +52,12 @@ impl Side {
         }
     }
 
+    fn is_full(&self) -> bool {
+        !self.deaf && self.out.len() > MOST
+    }
+
     fn wants_write(&self) -> bool {
-        self.tls.as_ref().map_or(!self.out.is_empty(), |tls| tls.wants_write())
+        !self.deaf && self.tls.as_ref().map_or(!self.out.is_empty(), |tls| tls.wants_write())
     }
 
     /// What has come and can be read now.
@@ -61,23 +75,22 @@ impl Side {
             }
             Err(error) if error.kind() == ErrorKind::UnexpectedEof => self.ended = true,
             Err(error) if error.kind() == ErrorKind::WouldBlock => {}
-            Err(error) => return Err(error),
+            Err(_) => self.ended = true,
         }
         Ok(Vec::new())
     }
 
     /// Writes what can be written now.
-    fn put(&mut self) -> io::Result<()> {
+    fn put(&mut self) {
         let wrote = match &mut self.tls {
             Some(tls) if tls.wants_write() => tls.write_tls(&mut self.socket),
             None if !self.out.is_empty() => {
                 self.socket.write(&self.out).inspect(|&count| drop(self.out.drain(..count)))
             }
-            _ => return Ok(()),
+            _ => return,
         };
-        match wrote {
-            Err(error) if error.kind() != ErrorKind::WouldBlock => Err(error),
-            _ => Ok(()),
+        if wrote.is_err_and(|error| error.kind() != ErrorKind::WouldBlock) {
+            self.deaf = true;
         }
     }
 
@@ -116,7 +129,7 @@ fn carry(sides: &mut [Side; 2]) -> io::Result<()> {
         for (n, other) in [(0, 1), (1, 0)] {
             // What a session holds shows in no poll.
             loop {
-                if sides[n].ended || sides[other].out.len() > MOST {
+                if sides[n].ended || sides[other].is_full() {
                     break;
                 }
                 let octets = sides[n].take()?;
@@ -124,12 +137,12 @@ fn carry(sides: &mut [Side; 2]) -> io::Result<()> {
                     break;
                 }
                 sides[other].give(&octets);
-                sides[other].put()?;
+                sides[other].put();
             }
             sides[other].ending |= sides[n].ended;
         }
         for side in sides.iter_mut() {
-            side.put()?;
+            side.put();
             if side.ending && !side.wants_write() {
                 side.close();
                 return Ok(());
@@ -139,7 +152,7 @@ fn carry(sides: &mut [Side; 2]) -> io::Result<()> {
             .iter()
             .map(|&(n, other)| {
                 let mut flags = PollFlags::empty();
-                flags.set(PollFlags::POLLIN, !sides[n].ended && sides[other].out.len() <= MOST);
+                flags.set(PollFlags::POLLIN, !sides[n].ended && !sides[other].is_full());
                 flags.set(PollFlags::POLLOUT, sides[n].wants_write());
                 PollFd::new(sides[n].socket.as_fd(), flags)
             })
