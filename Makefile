@@ -12,7 +12,7 @@ SMALL = $(CARGO_TARGET_DIR)/smtp-dup-small
 build:
 	cargo build --release
 
-# For small systems: optimised for size, stripped, and static where rustup has the musl target.
+# For small systems: without TLS, optimised for size, stripped, and static where rustup has the musl target.
 small:
 	@set -eu; \
 	host=$$(rustc -vV | sed -n 's/^host: //p'); \

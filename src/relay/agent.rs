@@ -21,7 +21,8 @@ use crate::shutdown::Shutdown;
 use crate::smtp::reply::{Class, Reply};
 use crate::spool::reader::{Found, Reader};
 
-/// Stack of a worker or an agent, in octets.
+/// Stack of a worker or an agent, in octets. The handshake of TLS, which takes most of it, took 96 KiB
+/// in a debug build with the longest chain of certificates that is followed.
 pub const STACK: usize = 128 * 1024;
 
 /// All backups and the scope in which their agents live.

@@ -63,7 +63,7 @@ pub enum Step {
 
 impl Step {
     fn is_before_mail(self) -> bool {
-        matches!(self, Step::Connect | Step::Greeting | Step::Hello)
+        matches!(self, Step::Greeting | Step::Hello)
             || matches!(self, Step::StartTls | Step::Handshake | Step::Auth)
     }
 }

@@ -804,3 +804,37 @@ fn a_quiet_log_has_the_errors_only() {
     assert_eq!(stderr.lines().count(), 1, "{stderr}");
     assert!(stderr.contains(" error: "), "{stderr}");
 }
+
+/// The small program, which has no TLS, takes no key for something that it would not do.
+#[test]
+fn a_program_without_tls_refuses_what_asks_for_it() {
+    let server = Sink::start();
+    let with = |smtp: &str, keys: &str| {
+        let yaml = format!(
+            "smtp:\n  listen: 127.0.0.1:0\n{smtp}relay:\n  destination_primary:\n    address: \"{}\"\n{keys}",
+            server.addr()
+        );
+        run(&["check"], Some(&yaml), &[])
+    };
+    let asked = with("", "    tls: opportunistic\n");
+    if asked.status.success() {
+        return eprintln!("skipped: this program has TLS");
+    }
+    for (key, value) in [
+        ("tls", "opportunistic"),
+        ("tls", "required"),
+        ("ca_file", "/etc/ca.pem"),
+        ("fingerprint", "ab"),
+        ("server_name", "a.example"),
+        ("username", "u"),
+        ("password_file", "/etc/secret"),
+        ("allow_plaintext_auth", "true"),
+    ] {
+        assert_refused(&with("", &format!("    {key}: {value}\n")), &[key, "built without TLS"]);
+    }
+    for key in ["tls_certificate", "tls_key"] {
+        let output = with(&format!("  {key}: /etc/file.pem\n"), "");
+        assert_refused(&output, &["smtp.", key, "built without TLS"]);
+    }
+    assert!(with("", "    tls: none\n").status.success());
+}

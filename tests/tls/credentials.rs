@@ -208,9 +208,12 @@ fn what_a_server_repeats_is_not_shown() {
             let is_hidden = ["not shown", "more questions"].iter().any(|what| line.contains(what));
             assert!(is_hidden, "{n} {auth}: {line}");
             assert_no_secret(&dup.log());
-            let queue = run(&["queue"], Some(&yaml), &[]);
-            let queue = String::from_utf8_lossy(&queue.stdout).into_owned();
-            assert!(queue.contains("AUTH"), "{queue}");
+            let mut queue = String::new();
+            wait_until("the reason in the spool", || {
+                let output = run(&["queue"], Some(&yaml), &[]);
+                queue = String::from_utf8_lossy(&output.stdout).into_owned();
+                queue.contains("AUTH")
+            });
             assert_no_secret(&queue);
 
             let yaml = config(&server.destination, &[], "", "");
@@ -267,4 +270,31 @@ fn the_process_does_not_show_it() {
         let octets = std::fs::read(format!("/proc/{}/{file}", dup.pid())).unwrap();
         assert_no_secret(&String::from_utf8_lossy(&octets));
     }
+}
+
+/// Root reads what only root may, and is root no more when it is used.
+#[test]
+fn files_are_read_before_root_is_given_up() {
+    if !nix::unistd::Uid::effective().is_root() {
+        return eprintln!("skipped: this is not root");
+    }
+    let server = server("AUTH PLAIN", knows_relay);
+    let pair = Authority::new().issue("dup.example");
+    let files = [file(&pair.certificate), file(&pair.key)];
+    let smtp = format!(
+        "tls_certificate: \"{}\"\ntls_key: \"{}\"",
+        files[0].path().display(),
+        files[1].path().display()
+    );
+    let dup = Dup::start_with(
+        |command| _ = command.args(["--user", "nobody"]),
+        &config(&server.destination, &[], &smtp, ""),
+    );
+    let status = std::fs::read_to_string(format!("/proc/{}/status", dup.pid())).unwrap();
+    let line = status.lines().find(|line| line.starts_with("Uid:")).unwrap();
+    assert!(!line.split_whitespace().any(|word| word == "0"), "{line}");
+    let mut client = Client::greeted(dup.addr());
+    assert!(client.ehlo().offers("STARTTLS"));
+    deliver(&mut client);
+    assert_eq!(server.front.sink.count("AUTH PLAIN"), 1);
 }
