@@ -37,6 +37,8 @@ pub struct Options {
     pub implicit: bool,
     /// The lines of the reply to EHLO in clear behind the first.
     pub ehlo: Vec<&'static str>,
+    /// What is said behind that reply, before its time.
+    pub behind_ehlo: &'static [u8],
     /// What STARTTLS is answered with; the handshake follows if it begins with 220.
     pub starttls: &'static [u8],
     pub handshake: Handshake,
@@ -50,6 +52,7 @@ impl Options {
             config: pair.server(),
             implicit: false,
             ehlo: vec!["PIPELINING", "STARTTLS", "8BITMIME"],
+            behind_ehlo: b"",
             starttls: b"220 2.0.0 go ahead\r\n",
             handshake: Handshake::Whole,
             says_close: true,
@@ -181,7 +184,7 @@ impl Guest<'_> {
                         let lines = lines.iter().enumerate();
                         let reply: String =
                             lines.map(|(n, line)| format!("250{}{line}\r\n", mark(n))).collect();
-                        socket.write_all(reply.as_bytes())?;
+                        socket.write_all(&[reply.as_bytes(), self.options.behind_ehlo].concat())?;
                     }
                     b"STAR" => {
                         socket.write_all(self.options.starttls)?;

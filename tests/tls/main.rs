@@ -1,8 +1,8 @@
 //! TLS, on both sides of smtp-dup: scripted servers that can do it, and clients that do.
 //!
 //! `destinations` is what a destination's `tls` promises, `attacks` who stands in the middle,
-//! `credentials` how it logs in, `messages` that mail is the same with it, `clients` STARTTLS for
-//! clients, `configuration` what is refused at the start.
+//! `credentials` how it logs in, `messages` that mail is the same with it, `clients` and
+//! `hostile_clients` STARTTLS for clients, `configuration` what is refused at the start.
 
 #[path = "../common/mod.rs"]
 mod common;
@@ -13,6 +13,7 @@ mod configuration;
 mod credentials;
 mod destinations;
 mod front;
+mod hostile_clients;
 mod messages;
 mod pki;
 mod pump;
