@@ -120,9 +120,11 @@ fn system_authorities() -> Result<RootCertStore, String> {
     // Some systems ship CAs that webpki cannot read; the others do without those.
     let (good, _) = store.add_parsable_certificates(found.certs);
     match good {
-        0 => Err("this system has no CA certificates; install them (ca-certificates), or set \
+        0 => {
+            Err("tls: this system has no CA certificates; install them (ca-certificates), or set \
                   ca_file or fingerprint"
-            .into()),
+                .into())
+        }
         _ => Ok(store),
     }
 }

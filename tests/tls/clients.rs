@@ -27,11 +27,11 @@ pub struct Server {
 }
 
 pub fn server(smtp: &str) -> Server {
-    server_before(Sink::start(), smtp)
+    server_before(Sink::start(), smtp, "")
 }
 
 #[track_caller]
-pub fn server_before(primary: Sink, smtp: &str) -> Server {
+pub fn server_before(primary: Sink, smtp: &str, relay: &str) -> Server {
     let authority = Authority::new();
     let pair = authority.issue("dup.example");
     let files = [file(&pair.certificate), file(&pair.key)];
@@ -40,7 +40,7 @@ pub fn server_before(primary: Sink, smtp: &str) -> Server {
         files[0].path().display(),
         files[1].path().display()
     );
-    let dup = Dup::start(&config(&format!("\"{}\"", primary.addr()), &[], &keys, ""));
+    let dup = Dup::start(&config(&format!("\"{}\"", primary.addr()), &[], &keys, relay));
     let client = trusting(&authority, rustls::ALL_VERSIONS);
     Server { primary, dup, client, ca: file(&authority.pem), _files: files }
 }
@@ -242,7 +242,7 @@ fn early_replies_of_the_primary_reach_it() {
         Event::Body(_) => Action::reply("552 5.3.4 too big for me").then(Action::Close),
         _ => Action::Default,
     });
-    let server = server_before(primary, "");
+    let server = server_before(primary, "", "");
     let mut client = server.secured();
     client.ehlo();
     client.envelope("a@example.com", &["b@example.com"]);

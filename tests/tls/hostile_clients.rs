@@ -3,7 +3,7 @@
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use rustls::ClientConnection;
 
@@ -100,8 +100,8 @@ fn a_client_that_goes_in_the_handshake() {
 
 #[test]
 fn stopping_ends_handshakes_and_idle_sessions_at_once() {
-    let server = server("");
-    let began = Instant::now();
+    // What would be the time of transactions, which neither of them has.
+    let server = server_before(Sink::start(), "", "timeout_seconds: 300");
     let mut stuck = starting(server.dup.addr());
     let mut idle = server.secured();
     idle.ehlo();
@@ -110,8 +110,6 @@ fn stopping_ends_handshakes_and_idle_sessions_at_once() {
     idle.closed();
     let _ = stuck.read_to_end(&mut Vec::new());
     assert!(server.dup.wait_exit(BOUND).success());
-    // The time of transactions, which neither of them has, is 10 seconds.
-    assert!(began.elapsed() < Duration::from_secs(9), "{:?}", began.elapsed());
 }
 
 #[test]
@@ -133,7 +131,7 @@ fn a_failed_transaction_is_forgotten() {
         Event::Mail(line) if line.contains("bad") => Action::Close,
         _ => Action::Default,
     });
-    let server = server_before(primary, "");
+    let server = server_before(primary, "", "");
     let mut socket = TcpStream::connect(server.dup.addr()).unwrap();
     swallow_reply(&mut socket).unwrap();
     for (line, code) in
