@@ -4,11 +4,12 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::common::{Action, Client, Event, Sink, wait_until};
+use crate::common::{Action, BOUND, Client, Event, Sink, wait_until};
 use crate::{BODY, deliver, dup_with};
 
 /// Sends a piece of `octets` at a time until the other side speaks. What it says has to be 421
-/// 4.4.2, not before `least`, and the end.
+/// 4.4.2, not before `least`, and the end. On a busy machine we begin to count late, so `least` is
+/// well below the limit.
 #[track_caller]
 fn trickle(mut client: Client, octets: &[u8], piece: usize, pause: Duration, least: Duration) {
     let since = Instant::now();
@@ -30,7 +31,7 @@ const PAUSE: Duration = Duration::from_millis(250);
 fn a_command_line_has_its_time_and_no_more() {
     let primary = Sink::start();
     let dup = dup_with(&primary, "timeout_seconds: 2", "");
-    let least = Duration::from_millis(1900);
+    let least = Duration::from_secs(1);
     thread::scope(|scope| {
         scope.spawn(|| trickle(Client::greeted(dup.addr()), b"x", 1, PAUSE, least));
         scope.spawn(|| trickle(Client::ready(dup.addr()), b"RCPT TO:<bbbbbbb", 1, PAUSE, least));
@@ -73,7 +74,7 @@ fn a_message_has_to_come_at_some_rate() {
         client.envelope("a@example.com", &["b@example.com"]);
         client
     };
-    let least = Duration::from_millis(1900);
+    let least = Duration::from_secs(1);
     thread::scope(|scope| {
         scope.spawn(|| trickle(in_message(), b"x\r\n", 1, PAUSE, least));
         // 250 octets a second.
@@ -118,7 +119,7 @@ fn a_slow_line_is_no_attack() {
 fn a_session_without_mail_ends() {
     let primary = Sink::start();
     let dup = dup_with(&primary, "timeout_seconds: 2", "");
-    let (addr, least) = (dup.addr(), Duration::from_millis(19_900));
+    let (addr, least) = (dup.addr(), Duration::from_secs(15));
     /// Says this again and again until it hears 421.
     fn repeat(mut client: Client, commands: &str, pause: Duration, least: Duration) {
         let since = Instant::now();
@@ -174,21 +175,25 @@ fn who_does_not_read_has_gone() {
     wait_until("the first to be gone", || dup.threads() == 1);
     let before = dup.resident();
     // The longest answer to the shortest commands.
-    let commands = b"EHLO x\r\n".repeat(1 << 20);
-    let mut clients: Vec<Client> = (0..10).map(|_| Client::greeted(dup.addr())).collect();
+    let commands = b"EHLO x\r\n".repeat(200_000);
+    let mut clients: Vec<Client> = (0..4).map(|_| Client::greeted(dup.addr())).collect();
     thread::scope(|scope| {
         for client in &mut clients {
+            client.hold(200_000);
             scope.spawn(|| client.try_send(&commands));
         }
-        wait_until("workers", || dup.threads() == 11);
+        wait_until("workers", || dup.threads() == 5);
+        // Filling what the system holds for them takes its time on a busy machine.
+        let end = Instant::now() + BOUND * 4;
         let mut most = before;
-        wait_until("their end", || {
+        while dup.threads() > 1 {
             most = most.max(dup.resident());
-            dup.threads() == 1
-        });
+            assert!(Instant::now() < end, "they are served for ever");
+            thread::sleep(Duration::from_millis(20));
+        }
         // A buffer of 128 KiB for what each has said, and what waits to be heard.
         let grown = most.saturating_sub(before) / 1024;
-        assert!(grown < 10 * 512, "{grown} KiB for ten clients that do not read");
+        assert!(grown < 4 * 512, "{grown} KiB for four clients that do not read");
     });
     deliver(&mut Client::ready(dup.addr()));
 }
@@ -211,7 +216,8 @@ fn nothing_is_said_twice_to_who_reads_too_late() {
     }
     assert!(heard.len() > 100_000, "{} octets", heard.len());
     // On a busy machine it may have read before it was too late: then this is the end.
-    let heard = heard.strip_suffix(b"421 4.4.2 timed out waiting for you\r\n").unwrap_or(&heard);
+    let last = memchr::memmem::rfind(&heard, b"421 4.4.2 ").unwrap_or(heard.len());
+    let heard = &heard[..last];
     for (number, chunk) in heard.chunks(answers.len()).enumerate() {
         assert!(answers.starts_with(chunk), "{number}: \"{}\"", chunk.escape_ascii());
     }
