@@ -18,7 +18,7 @@ use crate::message::QueueId;
 use crate::relay::destination::Destination;
 use crate::server;
 use crate::smtp::envelope::Path as Address;
-use crate::spool::claim::{Mail, Owed};
+use crate::spool::claim::{Mail, Owed, wait_for};
 use crate::spool::inventory::{Done, Item, Part};
 use crate::spool::{self, Spool};
 
@@ -94,7 +94,8 @@ fn for_people(
     is_orphan: bool,
     held_until: Option<SystemTime>,
 ) -> io::Result<()> {
-    let later = state.next.max(held_until).filter(|next| *next > SystemTime::now());
+    let is_ahead = |next: &SystemTime| !wait_for(*next).is_zero();
+    let later = [state.next, held_until].into_iter().flatten().filter(is_ahead).max();
     let next = match later {
         _ if item.part == Part::Failed || is_orphan => "never".into(),
         Some(next) => local(next),

@@ -21,6 +21,10 @@ use crate::smtp::origin::Origin;
 /// Longest line of an envelope in the spool, in octets: the names of all backups are one.
 const MAX_LINE: u64 = 1 << 20;
 
+/// Nothing is put off for longer, so what seems to be was put off, or written, while the clock was
+/// wrong.
+const LONGEST_WAIT: Duration = Duration::from_secs(2 * 3600);
+
 /// A copy that this process alone may touch.
 #[derive(Debug)]
 pub struct Claim {
@@ -369,6 +373,13 @@ fn in_a_line(reply: &str) -> String {
     reply.replace(['\r', '\n'], " ")
 }
 
+/// How long it is until a copy or a backup may be tried: nothing, when it may be by now, or when no
+/// clock that was right can have said so.
+pub fn wait_for(next: SystemTime) -> Duration {
+    let left = next.duration_since(SystemTime::now()).unwrap_or_default();
+    if left > LONGEST_WAIT { Duration::ZERO } else { left }
+}
+
 /// Seconds since 1970.
 pub fn seconds(time: SystemTime) -> u64 {
     time.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
@@ -394,6 +405,16 @@ mod tests {
         };
         assert_eq!(Owed::parse(&(owed.text() + "# 2 <b@example.com> 550 no\n")), Some(owed));
         assert_eq!(Owed::parse(""), Some(Owed::default()));
+    }
+
+    #[test]
+    fn a_clock_that_was_wrong_puts_nothing_off() {
+        let now = SystemTime::now();
+        let hour = Duration::from_secs(3600);
+        assert!(wait_for(now + hour) > hour / 2);
+        for next in [now - hour, now + 24 * hour, now + 24 * 365 * hour, UNIX_EPOCH] {
+            assert_eq!(wait_for(next), Duration::ZERO, "{next:?}");
+        }
     }
 
     #[test]

@@ -8,7 +8,7 @@ use std::io;
 use std::path::PathBuf;
 use std::time::SystemTime;
 
-use super::claim::{Owed, write_state};
+use super::claim::{Owed, wait_for, write_state};
 use super::{Spool, ignore_missing};
 
 impl Spool {
@@ -24,7 +24,7 @@ impl Spool {
     /// Until when `backup` is held, and why; `None` when it may be tried.
     pub fn held(&self, backup: &str) -> Option<(SystemTime, String)> {
         let state = Owed::parse(&fs::read_to_string(self.hold_path(backup)).ok()?)?;
-        let until = state.next.filter(|until| *until > SystemTime::now())?;
+        let until = state.next.filter(|until| !wait_for(*until).is_zero())?;
         Some((until, state.reply))
     }
 

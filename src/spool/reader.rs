@@ -97,7 +97,9 @@ impl Reader {
                         && let Ok(about) = file.metadata()
                     {
                         let entry = Entry { hour, id };
-                        let due = about.modified().unwrap_or(SystemTime::UNIX_EPOCH);
+                        // One that is empty was not tried yet, whenever that clock says.
+                        let put_off = about.modified().ok().filter(|_| about.len() > 0);
+                        let due = put_off.unwrap_or(SystemTime::UNIX_EPOCH);
                         all.push(Found { entry, due });
                     }
                 }

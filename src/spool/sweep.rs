@@ -6,7 +6,7 @@ use std::io;
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
-use super::claim::Owed;
+use super::claim::{Owed, read_mail};
 use super::{Entry, MAIL, Spool, TO, ignore_missing, remove_abandoned};
 use crate::message::QueueId;
 
@@ -106,11 +106,17 @@ impl Spool {
         Ok(false)
     }
 
-    /// Removes a message that is owed to nobody. The `backups` of today are looked for first, which
-    /// is enough for nearly all; before anything is removed the whole folder is looked through.
+    /// Removes a message that is owed to nobody. The `backups` of today are looked for first, then
+    /// those of its own time, which is enough for nearly all; before anything is removed the whole
+    /// folder is looked through.
     fn sweep_mail(&self, folder: &Path, id: QueueId, backups: &[String]) -> io::Result<()> {
         let start = format!("{id}{TO}");
-        if backups.iter().any(|backup| folder.join(format!("{start}{backup}")).exists()) {
+        let is_there = |backup: &String| folder.join(format!("{start}{backup}")).exists();
+        if backups.iter().any(is_there) {
+            return Ok(());
+        }
+        let path = folder.join(format!("{id}{MAIL}"));
+        if read_mail(&path).is_ok_and(|mail| mail.backups.iter().any(is_there)) {
             return Ok(());
         }
         // Somebody is just putting it there.
@@ -122,7 +128,7 @@ impl Spool {
                 return Ok(());
             }
         }
-        ignore_missing(fs::remove_file(folder.join(format!("{id}{MAIL}"))))
+        ignore_missing(fs::remove_file(path))
     }
 
     /// An hour that is over, when nothing is left of it.

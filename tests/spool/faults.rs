@@ -438,3 +438,50 @@ fn the_limit_of_the_spool() {
         folder.assert_clean();
     }
 }
+
+/// That a backup is down, or has deferred a copy, is written to disk; new mail does not wait for
+/// that.
+#[track_caller]
+fn mail_does_not_wait_for_the_state(is_down: bool) {
+    if !strace::available() {
+        return;
+    }
+    let folder = Folder::new();
+    let primary = Sink::start();
+    let backup = Sink::refusing(SinkOptions::replying(|event| match event {
+        Event::Rcpt(_) => Action::reply("450 4.2.0 later"),
+        _ => Action::Default,
+    }));
+    let dup = folder.start(&primary, &[&backup]);
+    send(&mut Client::ready(dup.addr()), 1);
+    kill(dup);
+    let name = match is_down {
+        true => backup.addr().to_string(),
+        false => {
+            backup.reopen();
+            format!("{}.to.{}", ids(&folder.files("queue"))[0], backup.addr())
+        }
+    };
+    // strace wants to know the file before: it is written anew, and long in coming to disk.
+    let new = folder.path().join("tmp").join(name);
+    fs::write(&new, "old").unwrap();
+    let delay = ["-P", new.to_str().unwrap(), "-e", "inject=fsync:delay_enter=12000000"];
+    let yaml = folder.config(&primary, &[&backup], "");
+    let dup = strace::start(&delay, &folder.0.path().join("trace"), &yaml);
+    let mut client = Client::ready(dup.addr());
+    let is_coming = || fs::read_to_string(&new).is_ok_and(|text| text.contains("reply"));
+    wait_until("it is being written", is_coming);
+    send(&mut client, 2);
+    assert!(is_coming(), "the mail has waited for it");
+    kill(dup);
+}
+
+#[test]
+fn mail_does_not_wait_for_a_hold_to_be_written() {
+    mail_does_not_wait_for_the_state(true);
+}
+
+#[test]
+fn mail_does_not_wait_for_a_deferral_to_be_written() {
+    mail_does_not_wait_for_the_state(false);
+}

@@ -85,6 +85,48 @@ fn a_backup_that_is_down_at_the_start_is_not_said_to_refuse_one_connection() {
     assert_eq!(dup.log_lines("refuses one connection"), [""; 0], "{}", dup.log());
 }
 
+/// A clock that was ahead for a while: what came meanwhile does not wait, nor for a year what was
+/// put off or held.
+#[test]
+fn a_clock_that_was_ahead_keeps_nothing_back() {
+    let folder = Folder::new();
+    let primary = Sink::start();
+    let backup = Sink::refusing(SinkOptions::default());
+    let dup = folder.start(&primary, &[&backup]);
+    let mut client = Client::ready(dup.addr());
+    (1..=2).for_each(|number| send(&mut client, number));
+    drop(client);
+    kill(dup);
+    let year = Duration::from_secs(365 * 24 * 3600);
+    let ahead = std::time::SystemTime::now() + year;
+    let next = ahead.duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
+    let state = format!("attempts 1\nnext {next}\nreply 450 4.2.0 later\n");
+    let files = folder.files("queue");
+    let mut copies = files.iter().filter(|file| !file.ends_with(".mail"));
+    let set = |path: &str, text: &str, ahead| {
+        let path = folder.path().join(path);
+        std::fs::write(&path, text).unwrap();
+        std::fs::File::options().write(true).open(path).unwrap().set_modified(ahead).unwrap();
+    };
+    set(
+        &format!("queue/{}", copies.next().unwrap()),
+        "",
+        std::time::SystemTime::now() + BOUND * 60,
+    );
+    set(&format!("queue/{}", copies.next().unwrap()), &state, ahead);
+    set(&format!("hold/{}", backup.addr()), &state, ahead);
+    let yaml = folder.config(&primary, &[&backup], "");
+    let output = run(&["queue"], Some(&yaml), &[]);
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(text.matches(" now ").count() == 2 && !text.contains("is held"), "{text}");
+    backup.reopen();
+    let dup = Dup::start(&yaml);
+    backup.wait(2);
+    folder.wait_empty();
+    end(&dup);
+    assert_eq!(folder.files("hold"), [""; 0]);
+}
+
 /// A refusal before MAIL is about the server, not about the message.
 #[test]
 fn a_5xx_before_mail_holds_the_backup_and_fails_nothing() {

@@ -112,19 +112,26 @@ impl Backup {
                 // The others are not served either: who waits for them need not.
                 state.refusal = None;
                 self.end.notify_all();
-                self.hold_all(until - now, failure);
                 until
             }
         };
-        let until = until.max(now + own_pause(&copy, LONGEST_HOLD));
+        // One that brought the backup down waits for itself.
+        let own_until = until.max(now + own_pause(&copy, LONGEST_HOLD));
         if !matches!(failure, Failure::Stopping(_)) {
             if before.is_none() {
                 maillog::backup_down(&self.destination, &failure.to_string());
             }
-            self.log_deferred(&copy, until, &format!("error: {failure}"));
+            self.log_deferred(&copy, own_until, &format!("error: {failure}"));
         }
-        // One that brought the backup down waits for itself.
-        self.put_off(&mut state, copy, until, &failure.to_string(), !failure.is_before_mail());
+        drop(state);
+        if before.is_none_or(|(before, _)| before != until) {
+            self.hold_all(until - now, failure);
+            // It may have answered another agent meanwhile.
+            if self.state().hold.is_none() {
+                self.release_all();
+            }
+        }
+        self.put_off(copy, own_until, &failure.to_string(), !failure.is_before_mail());
     }
 
     /// The backup failed, and nothing is tried again: this copy is lost, and all that wait for it.
@@ -132,15 +139,19 @@ impl Backup {
         let mut state = self.state();
         state.landed(copy.message.id);
         let why = failure.to_string();
-        if state.given_up.is_none() {
+        let is_first = state.given_up.is_none();
+        if is_first {
             maillog::backup_down(&self.destination, &why);
-            self.hold_all(stored::ONE_PASS, failure);
         }
         self.not_tried(copy.message.id, copy.is_stored(), &why);
         for job in std::mem::take(&mut state.queue) {
             self.not_tried(job.id(), job.is_stored(), &why);
         }
         state.given_up = Some(why);
+        drop(state);
+        if is_first {
+            self.hold_all(stored::ONE_PASS, failure);
+        }
     }
 
     /// A copy gets no attempt any more: the spool keeps it, or it is lost.
@@ -167,7 +178,7 @@ impl Backup {
             return self.expire(&copy, why);
         }
         self.log_deferred(&copy, until, why);
-        self.put_off(&mut self.state(), copy, until, why, true);
+        self.put_off(copy, until, why, true);
     }
 
     fn log_deferred(&self, copy: &Copy, until: Instant, why: &str) {

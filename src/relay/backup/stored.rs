@@ -16,7 +16,7 @@ use crate::message::Message;
 use crate::relay::connection::Failure;
 use crate::relay::copy::Copy;
 use crate::smtp::reply::Reply;
-use crate::spool::claim::{Claimed, Owed};
+use crate::spool::claim::{Claimed, Owed, wait_for};
 use crate::spool::reader::Found;
 
 /// So many copies are read from the spool at once.
@@ -41,7 +41,7 @@ impl Backup {
             let found = reader.read(SLICE)?;
             Ok((reader, found))
         });
-        let (now, time) = (Instant::now(), SystemTime::now());
+        let now = Instant::now();
         let mut state = self.state();
         state.is_reading = false;
         match read {
@@ -52,8 +52,8 @@ impl Backup {
                     state.wants_pass(now + LOOK_AGAIN);
                 }
                 for Found { entry, due } in found {
-                    match due.duration_since(time) {
-                        Ok(pause) if !pause.is_zero() => state.wants_pass(now + pause),
+                    match wait_for(due) {
+                        pause if !pause.is_zero() => state.wants_pass(now + pause),
                         _ if state.in_flight.iter().any(|(id, _)| *id == entry.id) => {}
                         _ => state.queue.push_back(Job::Stored(entry)),
                     }
@@ -113,9 +113,8 @@ impl Backup {
             self.state().delivered.remove(&entry.id);
             return Ok(None);
         }
-        if let Some(next) = claim.owed.next.filter(|_| !due_or_not)
-            && let Ok(pause) = next.duration_since(SystemTime::now())
-        {
+        let pause = claim.owed.next.filter(|_| !due_or_not).map(wait_for).unwrap_or_default();
+        if !pause.is_zero() {
             self.state().wants_pass(Instant::now() + pause);
             return Ok(None);
         }
@@ -148,7 +147,8 @@ impl Backup {
         claim.refused(&copy.message.envelope, &refused, copy.attempts).map(|()| true)
     }
 
-    /// Other processes on the spool are not to try it either.
+    /// Other processes on the spool are not to try it either. Not to be called while the state is
+    /// locked, for new mail would wait for the disk.
     pub(super) fn hold_all(&self, pause: Duration, failure: &Failure) {
         if let Some(spool) = &self.plan.spool {
             let until = SystemTime::now() + pause;
@@ -165,15 +165,8 @@ impl Backup {
 
     /// A copy waits until `until`, where it is: in the spool, with a state of its own if that is
     /// `noted`, or in memory.
-    pub(super) fn put_off(
-        &self,
-        state: &mut State,
-        copy: Copy,
-        until: Instant,
-        why: &str,
-        noted: bool,
-    ) {
-        let Some(claim) = &copy.claim else { return state.defer(copy, until) };
+    pub(super) fn put_off(&self, copy: Copy, until: Instant, why: &str, noted: bool) {
+        let Some(claim) = &copy.claim else { return self.state().defer(copy, until) };
         if noted {
             let owed = Owed {
                 attempts: copy.attempts,
@@ -182,8 +175,10 @@ impl Backup {
                 places: Some(copy.owed.clone()),
                 ..Owed::default()
             };
+            // Not while the state is locked, for new mail would wait for the disk.
             self.complain(claim.put_off(&owed));
         }
+        let mut state = self.state();
         state.landed(copy.message.id);
         state.wants_pass(until);
     }
