@@ -19,7 +19,7 @@ use crate::maillog;
 use crate::message::{Message, NoCopy, QueueId};
 use crate::shutdown::Shutdown;
 use crate::smtp::reply::{Class, Reply};
-use crate::spool::reader::{Found, Reader};
+use crate::spool::reader::Reader;
 
 /// Stack of a worker or an agent, in octets. The handshake of TLS, which takes most of it, took 96 KiB
 /// in a debug build with the longest chain of certificates that is followed.
@@ -86,18 +86,25 @@ impl<'scope, 'env> Agents<'scope, 'env> {
     /// # Errors
     /// Those of reading the spool.
     pub fn flush(&self, backup: &Backup, mut reader: Reader) -> io::Result<u64> {
-        let (mut connection, mut tried) = (None, 0);
-        loop {
-            let found = reader.read(1)?;
-            let Some(Found { entry, .. }) = found.first().copied() else { return Ok(tried) };
+        let (mut connection, mut tried, mut later) = (None, 0, Vec::new());
+        let mut one = |entry| {
             if let Some(copy) = backup.claim(Job::Stored(entry), true) {
                 self.attempt(backup, copy, &mut connection);
                 tried += 1;
             }
-            if backup.is_given_up() || self.shutdown.dismisses(true) {
-                return Ok(tried);
+            !backup.is_given_up() && !self.shutdown.dismisses(true)
+        };
+        let mut goes_on = true;
+        while goes_on && let Some(found) = reader.read(1)?.pop() {
+            match found.is_new() {
+                true => goes_on = one(found.entry),
+                false => later.push(found),
             }
         }
+        // What failed before may be what the backup always fails at, and ends each pass.
+        later.sort_unstable_by_key(|found| found.due);
+        let _ = goes_on && later.into_iter().all(|found| one(found.entry));
+        Ok(tried)
     }
 
     /// There will be no copies of a message.

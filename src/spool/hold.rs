@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::time::SystemTime;
 
 use super::claim::{Owed, wait_for, write_state};
-use super::{Spool, ignore_missing};
+use super::{Spool, ignore_missing, lock_folder};
 
 impl Spool {
     /// Nobody tries `backup` before `until`, because of `reply`.
@@ -17,6 +17,8 @@ impl Spool {
     /// # Errors
     /// Those of the file system: other processes go on trying.
     pub fn hold(&self, backup: &str, until: SystemTime, reply: &str) -> io::Result<()> {
+        // Several may find at the same time that it is down.
+        let _alone = lock_folder(&self.holds())?;
         let state = Owed { next: Some(until), reply: reply.into(), ..Owed::default() };
         write_state(self, &self.hold_path(backup), &state, "")
     }
@@ -37,6 +39,6 @@ impl Spool {
     }
 
     fn hold_path(&self, backup: &str) -> PathBuf {
-        self.root.join("hold").join(backup)
+        self.holds().join(backup)
     }
 }

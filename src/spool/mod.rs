@@ -146,9 +146,10 @@ impl Spool {
     fn try_locks(&self) -> Result<(), String> {
         let path = self.tmp().join(format!("lock-{}", std::process::id()));
         let lock = |file| Flock::lock(file, FlockArg::LockExclusiveNonblock);
-        let (Ok(first), Ok(second)) = (create(&path, true), create(&path, true)) else {
-            return Ok(());
-        };
+        // Opened as a copy is when it is claimed: for NFS it makes a difference whether a file that
+        // is locked can be written.
+        let open = || create(&path, true).and_then(|_| claim::open(&path));
+        let (Ok(first), Ok(second)) = (open(), open()) else { return Ok(()) };
         let (first, second) = (lock(first), lock(second));
         // One that stays is swept away.
         let _ = fs::remove_file(&path);
@@ -176,6 +177,10 @@ impl Spool {
 
     fn failed(&self) -> PathBuf {
         self.root.join("failed")
+    }
+
+    fn holds(&self) -> PathBuf {
+        self.root.join("hold")
     }
 
     fn hour(&self, entry: Entry) -> PathBuf {
@@ -226,8 +231,7 @@ impl Spool {
     /// Whoever puts something into `failed/`, or takes it out, is alone there: a message must not
     /// go with its last copy when another is just coming.
     fn lock_failed(&self) -> io::Result<Flock<File>> {
-        let folder = File::open(self.failed())?;
-        Flock::lock(folder, FlockArg::LockExclusive).map_err(|(_, error)| error.into())
+        lock_folder(&self.failed())
     }
 
     /// Removes a message that is owed to nobody any more.
@@ -298,6 +302,11 @@ fn remove_abandoned(path: &Path) -> io::Result<bool> {
         ignore_missing(fs::remove_file(path))?;
     }
     Ok(true)
+}
+
+/// Waits until nobody else has this folder, for as long as the lock is there.
+fn lock_folder(path: &Path) -> io::Result<Flock<File>> {
+    Flock::lock(File::open(path)?, FlockArg::LockExclusive).map_err(|(_, error)| error.into())
 }
 
 /// Makes the names in a folder durable.

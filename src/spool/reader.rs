@@ -31,6 +31,13 @@ pub struct Found {
     pub due: SystemTime,
 }
 
+impl Found {
+    /// It was not tried yet.
+    pub fn is_new(&self) -> bool {
+        self.due == SystemTime::UNIX_EPOCH
+    }
+}
+
 impl Spool {
     /// Begins a pass for `backup`.
     ///

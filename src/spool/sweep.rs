@@ -3,10 +3,11 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
-use super::claim::{Owed, read_mail};
+use super::claim::{Owed, read_mail, seconds};
 use super::{Entry, MAIL, Spool, TO, ignore_missing, remove_abandoned};
 use crate::message::QueueId;
 
@@ -64,7 +65,7 @@ impl Spool {
 
     /// Holds that are over: who wrote them may not be there to end them.
     fn sweep_holds(&self) -> io::Result<()> {
-        for file in fs::read_dir(self.root.join("hold"))? {
+        for file in fs::read_dir(self.holds())? {
             let path = file?.path();
             let state = fs::read_to_string(&path).ok().and_then(|text| Owed::parse(&text));
             // What says no time is nothing of ours.
@@ -81,10 +82,10 @@ impl Spool {
             let path = file?.path();
             let about = fs::symlink_metadata(&path);
             let Some(about) = about.ok().filter(fs::Metadata::is_file) else { continue };
-            // States that are about to be put in place are never locked, and there for a moment.
-            let is_young = about.modified().is_ok_and(|at| {
-                SystemTime::now().duration_since(at).is_ok_and(|age| age < Duration::from_secs(60))
-            });
+            // States that are about to be put in place are never locked, and there for a moment. Their
+            // time of modification is that of the next attempt.
+            let age = seconds(SystemTime::now()).cast_signed().saturating_sub(about.ctime());
+            let is_young = age < 60;
             let is_draft = path.file_name().and_then(|name| name.to_str()).and_then(QueueId::parse);
             if is_draft.is_none() && is_young {
                 continue;

@@ -485,3 +485,63 @@ fn mail_does_not_wait_for_a_hold_to_be_written() {
 fn mail_does_not_wait_for_a_deferral_to_be_written() {
     mail_does_not_wait_for_the_state(false);
 }
+
+/// Two processes write it down, each in its own time.
+#[test]
+fn two_that_find_a_backup_down_at_the_same_time() {
+    if !strace::available() {
+        return;
+    }
+    let folder = Folder::new();
+    let primary = Sink::start();
+    let backup = Sink::refusing(SinkOptions::default());
+    let dup = folder.start(&primary, &[&backup]);
+    let mut client = Client::ready(dup.addr());
+    (1..=20).for_each(|number| send(&mut client, number));
+    drop(client);
+    dup.wait_log("is down");
+    kill(dup);
+    let yaml = folder.config(&primary, &[&backup], "");
+    let dups = ["one", "two"].map(|log| {
+        let delay = ["-e", "inject=fsync:delay_enter=1000000"];
+        strace::start(&delay, &folder.0.path().join(log), &yaml)
+    });
+    for dup in &dups {
+        dup.wait_logs("status=deferred", 2);
+    }
+    backup.reopen();
+    backup.wait(20);
+    folder.wait_empty();
+    dups.iter().for_each(end);
+    for dup in &dups {
+        assert_eq!(dup.log_lines(COMPLAINT), [""; 0]);
+        assert_eq!(dup.log_lines("the spool (relay.spool)"), [""; 0]);
+    }
+}
+
+/// Another process looks through the spool while a state is on its way to disk.
+#[test]
+fn a_state_that_is_being_written_is_not_swept_away() {
+    if !strace::available() {
+        return;
+    }
+    let folder = Folder::new();
+    let primary = Sink::start();
+    let backup = Sink::replying(|event| match event {
+        Event::Rcpt(line) if line.contains("<later@") => Action::reply("450 4.2.0 later"),
+        _ => Action::Default,
+    });
+    let yaml = folder.config(&primary, &[&backup], "");
+    let delay = ["-e", "inject=fsync:delay_enter=1000000"];
+    let dup = strace::start(&delay, &folder.0.path().join("trace"), &yaml);
+    let mut client = Client::ready(dup.addr());
+    assert_eq!(client.message(FROM, &[TO, "later@example.com"], &numbered(1)).code, 250);
+    let is_coming = || folder.files("tmp").iter().any(|file| file.contains(".to."));
+    wait_until("it is being written", is_coming);
+    let output = run(&["flush", &primary.addr().to_string()], Some(&yaml), &[]);
+    assert!(output.status.success(), "{output:?}");
+    wait_until("it is written", || !is_coming());
+    kill(dup);
+    let copy = folder.files("queue").into_iter().find(|file| file.contains(".to.")).unwrap();
+    assert!(folder.text(&format!("queue/{copy}")).contains("owed 1\n"), "all are owed again");
+}

@@ -85,6 +85,46 @@ fn a_backup_that_is_down_at_the_start_is_not_said_to_refuse_one_connection() {
     assert_eq!(dup.log_lines("refuses one connection"), [""; 0], "{}", dup.log());
 }
 
+/// A message that a backup always breaks off at, where nothing but a flush comes by: each flush
+/// ends with it, so it must not be the first each time.
+#[test]
+fn a_message_that_breaks_the_backup_does_not_stop_each_flush() {
+    let folder = Folder::new();
+    let primary = Sink::start();
+    let backup = Sink::refusing(SinkOptions::default());
+    let dup = folder.start(&primary, &[&backup]);
+    let mut client = Client::ready(dup.addr());
+    for number in 1..=10 {
+        let to = format!("{number}@example.com");
+        assert_eq!(client.message(FROM, &[&to], &numbered(number)).code, 250);
+    }
+    drop(client);
+    kill(dup);
+    // The first that it sees, whichever that is.
+    let (bad, last) = (Mutex::new(None), Mutex::new(String::new()));
+    backup.set_reply(move |event| match event {
+        Event::Rcpt(line) => {
+            bad.lock().unwrap().get_or_insert_with(|| line.clone());
+            *last.lock().unwrap() = line.clone();
+            Action::Default
+        }
+        Event::EndOfData(_) if *bad.lock().unwrap() == Some(last.lock().unwrap().clone()) => {
+            Action::Close
+        }
+        _ => Action::Default,
+    });
+    backup.reopen();
+    let yaml = folder.config(&primary, &[&backup], "");
+    for pass in 1..=2 {
+        let output = run(&["flush"], Some(&yaml), &[]);
+        assert_eq!(output.status.code(), Some(1), "{pass}: {output:?}");
+    }
+    assert_eq!(backup.accepted(), 9, "{:?}", backup.commands());
+    assert_eq!(ids(&folder.files("queue")).len(), 1);
+    let state = folder.files("queue").into_iter().find(|file| file.contains(".to.")).unwrap();
+    assert!(folder.text(&format!("queue/{state}")).contains("attempts 2"), "it is noted");
+}
+
 /// A clock that was ahead for a while: what came meanwhile does not wait, nor for a year what was
 /// put off or held.
 #[test]

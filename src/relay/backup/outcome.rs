@@ -97,7 +97,7 @@ impl Backup {
             return self.state().landed(copy.message.id);
         }
         if !self.plan.tries_again {
-            return self.give_up(&copy, failure);
+            return self.give_up(copy, failure);
         }
         let now = Instant::now();
         let mut state = self.state();
@@ -134,8 +134,9 @@ impl Backup {
         self.put_off(copy, own_until, &failure.to_string(), !failure.is_before_mail());
     }
 
-    /// The backup failed, and nothing is tried again: this copy is lost, and all that wait for it.
-    fn give_up(&self, copy: &Copy, failure: &Failure) {
+    /// The backup failed, and nothing is tried again: this copy is lost, and all that wait for it,
+    /// but for what the spool has.
+    fn give_up(&self, copy: Copy, failure: &Failure) {
         let mut state = self.state();
         state.landed(copy.message.id);
         let why = failure.to_string();
@@ -151,6 +152,11 @@ impl Backup {
         drop(state);
         if is_first {
             self.hold_all(stored::ONE_PASS, failure);
+        }
+        // It may be the reason: a flush tries others before it.
+        if copy.is_stored() && !failure.is_before_mail() {
+            let until = Instant::now() + own_pause(&copy, LONGEST_DEFERRAL);
+            self.put_off(copy, until, &failure.to_string(), true);
         }
     }
 
