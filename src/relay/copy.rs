@@ -55,9 +55,12 @@ impl Copy {
     /// A copy of the spool, of which somebody has taken hold: what is owed of it.
     pub fn claimed(mut self, claim: Claim) -> Copy {
         self.attempts = claim.owed.attempts;
-        if let Some(places) = &claim.owed.places {
-            let most = self.message.envelope.forward_paths.len();
-            self.owed = places.iter().copied().filter(|&place| place < most).collect();
+        let most = self.message.envelope.forward_paths.len();
+        // A state with other places is not this message's: then all is owed.
+        if let Some(places) = &claim.owed.places
+            && places.iter().all(|&place| place < most)
+        {
+            self.owed = places.clone();
         }
         self.claim = Some(claim);
         self
