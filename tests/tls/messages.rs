@@ -155,7 +155,11 @@ fn connections_with_tls_are_used_again() {
     let (backup, copies) = well();
     let dup = Dup::start(&config(&destination, &[copies], "", "backup_connections: 1"));
     for n in 1..=20 {
-        deliver(&mut Client::ready(dup.addr()));
+        let mut client = Client::ready(dup.addr());
+        deliver(&mut client);
+        // Behind the end of a session, its connection to the primary is in the pool.
+        client.expect("QUIT", 221);
+        client.closed();
         backup.sink.wait(n);
     }
     assert_eq!(primary.seen().len(), 1);
