@@ -78,6 +78,8 @@ impl Session {
         let taken = self.connection.writer().write(octets)?;
         match self.send(socket) {
             Err(error) if !is_tick(&error) => Err(error),
+            // It would be asked again for ever.
+            _ if taken == 0 => Err(ErrorKind::WriteZero.into()),
             _ => Ok(taken),
         }
     }
@@ -143,7 +145,10 @@ impl Session {
 
     /// Writes once to the socket. Gives how many octets went.
     fn send(&mut self, socket: &TcpStream) -> io::Result<usize> {
-        uninterrupted(|| self.connection.write_tls(&mut &*socket))
+        match uninterrupted(|| self.connection.write_tls(&mut &*socket))? {
+            0 => Err(ErrorKind::WriteZero.into()),
+            octets => Ok(octets),
+        }
     }
 
     /// Writes what can be written without waiting.
