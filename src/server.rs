@@ -19,6 +19,7 @@ use crossbeam_channel::bounded;
 use ipnet::IpNet;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{setsockopt, sockopt};
 
 use crate::buffers::Buffers;
 use crate::config::Config;
@@ -239,6 +240,11 @@ impl Door<'_, '_, '_> {
 
     /// Serves a client on this thread. A panic ends its session alone, with a 421.
     fn serve(&self, stream: TcpStream, address: SocketAddr) {
+        // Urgent octets stay in the stream (RFC 6093 §5): the message without them is another than
+        // a filter in front of us has seen.
+        if setsockopt(&stream, sockopt::OobInline, &true).is_err() {
+            return;
+        }
         let Ok(stream) = Stream::new(stream) else { return };
         let mut session = Session::new(stream, address, self.shared, self.agents);
         if catch_unwind(AssertUnwindSafe(|| session.serve())).is_err() {

@@ -3,10 +3,11 @@
 use std::fmt;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpStream};
+use std::os::fd::AsRawFd;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use nix::sys::socket::{setsockopt, sockopt};
+use nix::sys::socket::{MsgFlags, setsockopt, sockopt};
 
 use super::{BOUND, bound, connect};
 
@@ -108,6 +109,11 @@ impl Client {
         if let Err(error) = self.stream.write_all(octets) {
             panic!("cannot send {} octets: {error}; {}", octets.len(), self.so_far());
         }
+    }
+
+    /// Sends an octet with TCP's urgent pointer behind it.
+    pub fn send_urgent(&self, octet: u8) {
+        nix::sys::socket::send(self.stream.as_raw_fd(), &[octet], MsgFlags::MSG_OOB).unwrap();
     }
 
     /// Sends and does not care whether the other side still listens.

@@ -520,3 +520,21 @@ fn no_sequence_ends_a_message_within_its_header() {
     assert!(!relay._dup.log().contains("\u{0}"), "{}", relay._dup.log());
     relay.finish();
 }
+
+#[test]
+fn urgent_octets_are_octets() {
+    // Whoever filters in front of us sees them; a message without them would be another.
+    let primary = Sink::start();
+    let dup = Dup::start(&config(primary.addr(), &[], "", ""));
+    let mut client = Client::greeted(dup.addr());
+    client.send("EHL");
+    client.send_urgent(b'O');
+    client.send(" x\r\n");
+    client.expect_reply(250);
+    client.envelope("a@example.com", &["b@example.com"]);
+    client.send("x\r\n.");
+    client.send_urgent(b'.');
+    client.send("\r\ny\r\n.\r\n");
+    client.expect_reply(250);
+    assert_eq!(primary.wait(1)[0].data, b"x\r\n..\r\ny\r\n");
+}
