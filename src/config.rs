@@ -320,6 +320,15 @@ impl Draft {
                     .into(),
             ));
         }
+        if self.spool.is_some() {
+            let all = self.backups.iter().chain([&primary]);
+            if let Some(long) = all.map(Destination::to_string).find(|name| !spool::is_fit(name)) {
+                return Err(Mistake(format!(
+                    "relay.spool: no file can have the name of \"{long}\"; give that destination \
+                     a shorter name, in DNS or /etc/hosts"
+                )));
+            }
+        }
         let tls =
             certificate(self.tls_certificate.as_deref(), self.tls_key.as_deref(), self.service)
                 .map_err(Mistake)?;

@@ -243,6 +243,12 @@ impl Spool {
     }
 }
 
+/// Copies for a backup of this name can be files: longer names no file system has (NAME_MAX).
+pub fn is_fit(backup: &str) -> bool {
+    const LONGEST: usize = 255;
+    backup.len() + "5F3A9C20B1".len() + TO.len() <= LONGEST
+}
+
 /// The backups' names as they stand in file names.
 pub fn names(backups: &[Destination]) -> Vec<String> {
     backups.iter().map(Destination::to_string).collect()

@@ -328,8 +328,12 @@ fn a_mistake_is_one_line_with_key_value_and_remedy() {
         (relay("spool: spool/here"), &["relay.spool", "spool/here", "begins with /"]),
         (relay("spool_required: maybe"), &["relay.spool_required", "maybe", "true nor false"]),
         (relay("spool_required: true"), &["relay.spool_required", "set relay.spool"]),
+        (
+            relay(&format!("spool: /s\ndestination_backups: [\"{}.example:25\"]", "x".repeat(231))),
+            &["relay.spool", "xxx.example:25", "a shorter name"],
+        ),
         (relay("retry_for_seconds: 0"), &["relay.retry_for_seconds", "0", "from 1"]),
-        // Keys that come with later versions.
+        // Half of what TLS takes.
         (smtp("tls_certificate: /etc/cert.pem"), &["smtp.tls_certificate"]),
         (smtp("tls_key: /etc/key.pem"), &["smtp.tls_key"]),
         (
