@@ -44,7 +44,9 @@ pub fn read(said: &[u8], heard: &[u8]) -> Vec<Sent> {
             current.rcpts.push(rcpt);
         } else if let Some(forward) = argument(words, b"XFORWARD").filter(|_| code == 250) {
             forwards.push(forward.trim_ascii().to_vec());
-        } else if [b"RSET", b"EHLO", b"HELO"].iter().any(|verb| argument(words, *verb).is_some()) {
+        } else if code == 250
+            && [b"RSET", b"EHLO", b"HELO"].iter().any(|verb| argument(words, *verb).is_some())
+        {
             forwards.clear();
         }
         if code / 100 != 3 {
