@@ -60,7 +60,9 @@ load: build
 # breaks one is in tests/fuzz/artifacts, and belongs into tests/fuzz/corpus, which `make test` runs.
 # Without a sanitizer, which takes a nightly compiler: coverage and libFuzzer do not, and what is
 # looked for here are panics and broken promises, not the memory errors of unsafe code.
+# The seed is random unless one is given.
 SECONDS = 60
+SEED = 0
 FUZZ = $(CARGO_TARGET_DIR)/fuzz
 
 fuzz:
@@ -73,7 +75,7 @@ fuzz:
 	    mkdir -p "$(FUZZ)/corpus/$$target"; \
 	    cargo fuzz run --fuzz-dir tests/fuzz --target-dir "$(FUZZ)" -s none $$target \
 	        "$(FUZZ)/corpus/$$target" tests/fuzz/corpus/$$target -- \
-	        -max_total_time=$(SECONDS) -timeout=60 -rss_limit_mb=1024 -verbosity=0 -print_final_stats=1; \
+	        -max_total_time=$(SECONDS) -seed=$(SEED) -timeout=60 -rss_limit_mb=1024 -verbosity=0 -print_final_stats=1; \
 	done
 
 bench:
