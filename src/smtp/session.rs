@@ -347,9 +347,12 @@ impl<'a, 'scope, 'env> Session<'a, 'scope, 'env> {
     /// The primary has answered an XFORWARD.
     fn forwarded(&mut self, attributes: &[u8], reply: &Reply) -> Result<(), End> {
         match reply.class() {
+            _ if reply.code() == 421 => return self.close(reply),
             // Mail that comes now would seem to be from somebody else.
-            _ if reply.code() == 421 || self.primary.failure().is_some() => {
-                return self.close(reply);
+            _ if self.primary.failure().is_some() => {
+                let primary = self.shared.primary.destination();
+                let text = format!("primary {primary} has failed; connect anew");
+                return self.close(&Reply::new(421, "4.4.2", &text));
             }
             Class::Success => self.origin.take(attributes),
             _ => maillog::command_refused(self.client.address, reply),
@@ -431,7 +434,10 @@ impl<'a, 'scope, 'env> Session<'a, 'scope, 'env> {
         if let Some(failure) = self.primary.failure().cloned() {
             let fresh = self.transaction.is_none() && command.begins();
             if !fresh {
-                return self.relayed(command, failure);
+                return match command {
+                    Relayed::Xforward(_) => self.mistake(out_of_order(command)),
+                    _ => self.relayed(command, failure),
+                };
             }
             // The failed transaction never began for the client: this is another.
             self.leave_transaction();

@@ -207,6 +207,25 @@ fn nothing_of_it_reaches_anothers_transaction() {
     }
 }
 
+/// In a transaction it is out of order, also when the primary has failed in that; the session goes
+/// on.
+#[test]
+fn in_a_failed_transaction_it_is_out_of_order() {
+    let (primary, dup) = relay(true);
+    primary.set_reply(|event| match event {
+        Event::Rcpt(line) if line.contains("<gone@") => Action::Close,
+        _ => Action::Default,
+    });
+    let mut client = Client::ready(dup.addr());
+    client.expect("MAIL FROM:<a@example.com>", 250);
+    client.expect("RCPT TO:<gone@example.com>", 451);
+    client.expect(FIRST, 503);
+    client.expect("RCPT TO:<b@example.com>", 451);
+    client.expect("RSET", 250);
+    forward(&mut client);
+    assert_forwarded(&primary.wait(1)[0]);
+}
+
 /// What a client has said is forgotten with its transaction, and by RSET.
 #[test]
 fn it_is_for_one_transaction() {
