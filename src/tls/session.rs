@@ -9,7 +9,9 @@ use std::net::TcpStream;
 use std::os::fd::AsRawFd;
 
 use nix::sys::socket::{MsgFlags, recv, send};
-use rustls::{CertificateError, Connection, Error};
+use rustls::{
+    AlertDescription, CertificateError, Connection, Error, InvalidMessage, PeerIncompatible,
+};
 
 use crate::shutdown::Expired;
 use crate::stream::{Unsecured, is_tick, uninterrupted};
@@ -179,28 +181,71 @@ impl Write for NoWait<'_> {
     }
 }
 
-/// Why a handshake failed, for a person, with what can be done about a certificate.
+/// Why a handshake failed, for a person, with what can be done about it.
 fn explain(error: &io::Error) -> String {
     let of_tls = error.get_ref().and_then(|inner| inner.downcast_ref::<Error>());
-    let Some(Error::InvalidCertificate(why)) = of_tls else { return error.to_string() };
+    match of_tls {
+        Some(Error::InvalidCertificate(why)) => judgement(why),
+        Some(
+            Error::AlertReceived(AlertDescription::ProtocolVersion)
+            | Error::PeerIncompatible(PeerIncompatible::ServerDoesNotSupportTls12Or13),
+        ) => {
+            format!("the server takes neither TLS 1.2 nor TLS 1.3: {error}")
+        }
+        Some(Error::InvalidMessage(InvalidMessage::InvalidContentType)) => format!(
+            "what the server says is no TLS ({error}); tls: required begins with STARTTLS, \
+             tls: implicit with TLS"
+        ),
+        _ => error.to_string(),
+    }
+}
+
+/// What is wrong with a certificate.
+fn judgement(why: &CertificateError) -> String {
     match why {
+        CertificateError::NotValidForNameContext { presented, .. } if presented.is_empty() => {
+            "the certificate is for no name (the one in CN does not count); set fingerprint".into()
+        }
         CertificateError::NotValidForNameContext { expected, presented } => format!(
             "the certificate is not valid for name {}, but for {}; set server_name",
             expected.to_str(),
-            if presented.is_empty() { "none".into() } else { presented.join(", ") },
+            presented.iter().map(|name| bare(name)).collect::<Vec<_>>().join(", "),
         ),
-        CertificateError::ExpiredContext { not_after, .. } => {
-            let end = jiff::Timestamp::from_second(not_after.as_secs() as i64);
-            let end = end.map_or(String::new(), |end| format!(" at {end}"));
-            format!("the certificate expired{end}; renew it, or set fingerprint")
-        }
+        CertificateError::ExpiredContext { not_after, .. } => format!(
+            "the certificate expired at {}; renew it, or set fingerprint",
+            date(not_after.as_secs())
+        ),
+        CertificateError::NotValidYetContext { time, not_before } => format!(
+            "the certificate is not valid before {}, and the clock here says {}; set the clock, or \
+             fingerprint",
+            date(not_before.as_secs()),
+            date(time.as_secs())
+        ),
         CertificateError::UnknownIssuer => {
             "the certificate is from an issuer that is not trusted; set ca_file or fingerprint"
                 .into()
         }
+        CertificateError::BadSignature => {
+            "the server's signature is bad, or its key too weak (RSA has to have 2048 bits)".into()
+        }
+        // One of a CA, one of version 1, one that is not pinned.
         CertificateError::Other(why) => {
-            format!("the certificate is not valid: {why}; set ca_file or fingerprint")
+            format!("the certificate is not valid: {why}; set fingerprint, or renew it")
         }
         why => format!("the certificate is not valid: {why}"),
+    }
+}
+
+/// The name in `DnsName("mail.example.com")`, or the address in `IpAddress(192.0.2.1)`.
+fn bare(name: &str) -> &str {
+    let inner = name.split_once('(').and_then(|(_, rest)| rest.strip_suffix(')'));
+    inner.map_or(name, |inner| inner.trim_matches('"'))
+}
+
+/// A time in seconds since 1970, for a person.
+fn date(seconds: u64) -> String {
+    match i64::try_from(seconds).map(jiff::Timestamp::from_second) {
+        Ok(Ok(time)) => time.to_string(),
+        _ => format!("{seconds} s since 1970"),
     }
 }

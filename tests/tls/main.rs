@@ -2,7 +2,8 @@
 //!
 //! `destinations` is what a destination's `tls` promises, `attacks` who stands in the middle,
 //! `credentials` how it logs in, `messages` that mail is the same with it, `clients` and
-//! `hostile_clients` STARTTLS for clients, `configuration` what is refused at the start.
+//! `hostile_clients` STARTTLS for clients, `configuration` what is refused at the start, `reasons`
+//! what is said of a bad certificate.
 
 #[path = "../common/mod.rs"]
 mod common;
@@ -17,6 +18,7 @@ mod hostile_clients;
 mod messages;
 mod pki;
 mod pump;
+mod reasons;
 
 use common::{Client, Dup};
 use front::Front;

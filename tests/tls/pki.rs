@@ -26,13 +26,7 @@ pub struct Pair {
 
 impl Authority {
     pub fn new() -> Authority {
-        let key = KeyPair::generate().unwrap();
-        let mut params = CertificateParams::new(Vec::new()).unwrap();
-        // CAs of one name would be taken for each other.
-        static COUNT: AtomicUsize = AtomicUsize::new(0);
-        let name = format!("CA {} of the tests", COUNT.fetch_add(1, Ordering::Relaxed));
-        params.distinguished_name.push(DnType::CommonName, name);
-        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        let (key, params) = authority_params();
         let pem = params.self_signed(&key).unwrap().pem();
         Authority { issuer: Issuer::new(params, key), pem }
     }
@@ -54,6 +48,24 @@ impl Authority {
         })
     }
 
+    /// One with a name in CN alone, where none is looked for.
+    pub fn issue_nameless(&self, name: &str) -> Pair {
+        self.issue_with(name, |params| {
+            params.subject_alt_names.clear();
+            params.distinguished_name.push(DnType::CommonName, name);
+        })
+    }
+
+    /// Its own certificate and key, as if they were a server's.
+    pub fn pair(&self) -> Pair {
+        Pair { certificate: self.pem.clone(), key: self.issuer.key().serialize_pem() }
+    }
+
+    /// One that will be good in years to come.
+    pub fn issue_early(&self, name: &str) -> Pair {
+        self.issue_with(name, |params| params.not_before = date_time_ymd(2090, 1, 1))
+    }
+
     fn issue_with(&self, name: &str, change: impl FnOnce(&mut CertificateParams)) -> Pair {
         let key = KeyPair::generate().unwrap();
         let mut params = CertificateParams::new(vec![name.to_string()]).unwrap();
@@ -61,6 +73,16 @@ impl Authority {
         let certificate = params.signed_by(&key, &self.issuer).unwrap().pem();
         Pair { certificate, key: key.serialize_pem() }
     }
+}
+
+fn authority_params() -> (KeyPair, CertificateParams) {
+    let mut params = CertificateParams::new(Vec::new()).unwrap();
+    // CAs of one name would be taken for each other.
+    static COUNT: AtomicUsize = AtomicUsize::new(0);
+    let name = format!("CA {} of the tests", COUNT.fetch_add(1, Ordering::Relaxed));
+    params.distinguished_name.push(DnType::CommonName, name);
+    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    (KeyPair::generate().unwrap(), params)
 }
 
 /// A certificate that nobody else has signed.
