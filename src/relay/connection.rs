@@ -127,7 +127,8 @@ impl Failure {
         match self {
             Failure::Unfit(Step::StartTls, _) => "4.7.4",
             Failure::Unfit(Step::Handshake, _) => "4.7.5",
-            Failure::Unfit(Step::Auth, _) | Failure::Unwelcome(Step::Auth, _) => "4.7.0",
+            Failure::Unfit(Step::Auth | Step::Command(_), _) => "4.7.0",
+            Failure::Unwelcome(Step::Auth, _) => "4.7.0",
             _ => "4.4.1",
         }
     }
@@ -341,7 +342,8 @@ impl Connection {
     /// Waits for one whole reply.
     ///
     /// # Errors
-    /// [`Failure`] but for `Connect`, `Unwelcome` and `Untimely`.
+    /// [`Failure`] but for `Connect`, `Unwelcome` and `Untimely`; `Unfit` for a server that takes no
+    /// mail over a connection like this.
     pub fn reply(&mut self, step: Step, deadline: Deadline) -> Result<Reply, Failure> {
         let limit = if step == Step::EndOfData { self.limits.data } else { self.limits.command };
         let until = deadline.renewed(limit);
@@ -350,7 +352,7 @@ impl Connection {
                 match Reply::parse(&self.input) {
                     Ok(Some((reply, used))) => {
                         self.input.drain(..used);
-                        return Ok(reply);
+                        return fit(step, reply);
                     }
                     Ok(None) => {}
                     Err(Nonsense(what)) => return Err(Failure::Nonsense(step, what)),
@@ -390,6 +392,17 @@ impl Connection {
     /// Fit for another transaction, as far as is known.
     pub fn is_at_rest(&self) -> bool {
         self.at_rest
+    }
+}
+
+/// A server that wants STARTTLS (RFC 3207 §4) or AUTH (RFC 4954 §6) first refuses us, and not the
+/// mail: no client may bounce it for that.
+fn fit(step: Step, reply: Reply) -> Result<Reply, Failure> {
+    match (step, reply.code()) {
+        (Step::Command("MAIL"), 530) => {
+            Err(Failure::Unfit(step, format!("{reply}; see tls and username")))
+        }
+        _ => Ok(reply),
     }
 }
 

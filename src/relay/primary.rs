@@ -335,6 +335,9 @@ impl<'a> Primary<'a> {
             Failure::Nonsense(..) => {
                 Reply::new(451, "4.5.0", &format!("primary {primary}: {failure}"))
             }
+            Failure::Unfit(..) => {
+                Reply::new(451, failure.status(), &format!("primary {primary}: {failure}"))
+            }
             _ => Reply::new(451, "4.4.2", &format!("primary {primary}: {failure}")),
         };
         self.failed = Some(reply.clone());

@@ -1,9 +1,9 @@
 //! TLS, on both sides of smtp-dup: scripted servers that can do it, and clients that do.
 //!
 //! `destinations` is what a destination's `tls` promises, `attacks` who stands in the middle,
-//! `credentials` how it logs in, `messages` that mail is the same with it, `clients` and
-//! `hostile_clients` STARTTLS for clients, `configuration` what is refused at the start, `reasons`
-//! what is said of a bad certificate.
+//! `credentials` how it logs in, `mandatory` who insists on either, `messages` that mail is the same
+//! with it, `clients` and `hostile_clients` STARTTLS for clients, `configuration` what is refused
+//! at the start, `reasons` what is said of a bad certificate.
 
 #[path = "../common/mod.rs"]
 mod common;
@@ -15,6 +15,7 @@ mod credentials;
 mod destinations;
 mod front;
 mod hostile_clients;
+mod mandatory;
 mod messages;
 mod pki;
 mod pump;
