@@ -3,7 +3,8 @@
 //! `destinations` is what a destination's `tls` promises, `attacks` who stands in the middle,
 //! `credentials` how it logs in, `mandatory` who insists on either, `messages` that mail is the same
 //! with it, `clients` and `hostile_clients` STARTTLS for clients, `configuration` what is refused
-//! at the start, `reasons` what is said of a bad certificate.
+//! at the start, `reasons` what is said of a bad certificate. `real` is all of it with other
+//! people's servers and clients.
 
 #[path = "../common/mod.rs"]
 mod common;
@@ -15,10 +16,13 @@ mod credentials;
 mod destinations;
 mod front;
 mod hostile_clients;
+#[path = "../postfix/instance.rs"]
+mod instance;
 mod mandatory;
 mod messages;
 mod pki;
 mod pump;
+mod real;
 mod reasons;
 
 use common::{Client, Dup};

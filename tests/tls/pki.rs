@@ -35,6 +35,13 @@ impl Authority {
         CertificateDer::from_pem_slice(self.pem.as_bytes()).unwrap()
     }
 
+    /// A CA that this one vouches for; its certificate is signed by this one.
+    pub fn subordinate(&self) -> Authority {
+        let (key, params) = authority_params();
+        let pem = params.signed_by(&key, &self.issuer).unwrap().pem();
+        Authority { issuer: Issuer::new(params, key), pem }
+    }
+
     /// A certificate for this name or address.
     pub fn issue(&self, name: &str) -> Pair {
         self.issue_with(name, |_| {})

@@ -1,0 +1,13 @@
+//! TLS with the programs of other people: Postfix as a server.
+//!
+//! `farm` is a Postfix with many servers, and `cases` the kinds of them. What comes of these by
+//! `tls` is in `primary` and `backup`, and what servers ask for in `demands`.
+//!
+//! These tests need root and the programs. Without them they say so and pass, but not when CI is
+//! set.
+
+mod backup;
+mod cases;
+mod demands;
+mod farm;
+mod primary;
