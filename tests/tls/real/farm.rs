@@ -133,4 +133,9 @@ impl Arrival {
         assert_eq!(version.is_some(), has_tls, "{}", self.received);
         version
     }
+
+    /// The server knew who had sent it.
+    pub fn is_logged_in(&self) -> bool {
+        self.received.contains(" with ESMTPSA ")
+    }
 }

@@ -1,7 +1,8 @@
-//! TLS with the programs of other people: Postfix as a server.
+//! TLS with the programs of other people: Postfix and Dovecot as servers.
 //!
 //! `farm` is a Postfix with many servers, and `cases` the kinds of them. What comes of these by
-//! `tls` is in `primary` and `backup`, and what servers ask for in `demands`.
+//! `tls` is in `primary` and `backup`, and what servers ask for in `demands`;
+//! `dovecot` is a private Dovecot and `logins` logging in.
 //!
 //! These tests need root and the programs. Without them they say so and pass, but not when CI is
 //! set.
@@ -9,5 +10,7 @@
 mod backup;
 mod cases;
 mod demands;
+mod dovecot;
 mod farm;
+mod logins;
 mod primary;
