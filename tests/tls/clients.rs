@@ -22,7 +22,7 @@ pub struct Server {
     pub primary: Sink,
     pub dup: Dup,
     pub client: Arc<ClientConfig>,
-    ca: NamedTempFile,
+    pub ca: NamedTempFile,
     _files: [NamedTempFile; 2],
 }
 
