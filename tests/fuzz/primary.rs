@@ -20,6 +20,8 @@ pub struct Offers {
     pub pipelining: bool,
     pub size: bool,
     pub others: bool,
+    /// It refuses some XFORWARDs.
+    pub judges_forwards: bool,
 }
 
 /// A message that it saw end.
@@ -191,7 +193,8 @@ impl Connection<'_> {
             if self.transaction.is_some() || !self.offers.others {
                 self.fault("an XFORWARD", command);
             }
-            match attributes.iter().position(|&octet| octet == b'=').map(|at| &attributes[at..]) {
+            let equals = attributes.iter().position(|&octet| octet == b'=');
+            match equals.filter(|_| self.offers.judges_forwards).map(|at| &attributes[at..]) {
                 Some([b'=', b'5', ..]) => self.say("501 5.5.4 no")?,
                 Some([b'=', b'9', ..]) => return Ok(Next::Close),
                 _ => {

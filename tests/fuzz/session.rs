@@ -48,6 +48,7 @@ impl Terms {
                 pipelining: ehlo && has(0),
                 size: ehlo && has(1),
                 others: ehlo && has(2),
+                judges_forwards: true,
             },
             max_message_size: if has(3) { 60 } else { 0 },
             max_recipients: if has(4) { 2 } else { 1000 },
@@ -75,7 +76,15 @@ pub fn run(octets: &[u8]) {
     let Some((&first, script)) = octets.split_first() else { return };
     let world = WORLD.get_or_init(|| {
         let (primary, backup) = (Primary::start(), Primary::start());
-        backup.offer(Offers { ehlo: true, pipelining: true, size: true, others: true });
+        let all = Offers {
+            ehlo: true,
+            pipelining: true,
+            size: true,
+            others: true,
+            judges_forwards: false,
+        };
+        // What the primary took in pieces comes to the backup in one, which it must not judge anew.
+        backup.offer(all);
         Mutex::new(World { primary, backup, buffers: Buffers::default(), connection: None })
     });
     let mut world = world.lock().expect("no panic before");
