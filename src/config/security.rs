@@ -4,7 +4,7 @@
 //! mistake in them is found before anything is served.
 
 use std::fs::File;
-use std::io::Read;
+use std::io::{ErrorKind, Read};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -200,7 +200,13 @@ pub fn read(file: &Path, remedy: &str) -> Result<Vec<u8>, String> {
 /// The octets of a file with a secret in it, which must be one.
 fn read_secret(file: &Path, service: Option<Uid>, remedy: &str) -> Result<Vec<u8>, String> {
     let wrong = |what: String| format!("{}: {what}", file.display());
-    let unreadable = |error: std::io::Error| wrong(format!("{error}; {remedy}"));
+    let unreadable = |error: std::io::Error| match error.kind() {
+        ErrorKind::PermissionDenied => wrong(format!(
+            "{error}; user {} runs this: chgrp it to a group of that user, with chmod 0640",
+            Uid::effective()
+        )),
+        _ => wrong(format!("{error}; {remedy}")),
+    };
     let mut open = File::open(file).map_err(unreadable)?;
     is_secret(&open.metadata().map_err(unreadable)?, service).map_err(wrong)?;
     let mut octets = Vec::new();

@@ -3,7 +3,7 @@
 //!
 //! One file for each launcher. Those that start a process for each connection share the tests in
 //! `one_session`. `program` finds the processes of the program under test, `syslog` is a syslogd
-//! for one test and `logging` what happens when that is ill, `instance` and `letters` are the private Postfix and what is sent through it.
+//! for one test and `logging` what happens when that is ill, `secrets` is what only root can read, `instance` and `letters` are the private Postfix and what is sent through it.
 //!
 //! These tests need root, and the launchers installed. Without them they say so and pass, but not
 //! when CI is set.
@@ -11,6 +11,10 @@
 mod booted;
 #[path = "../common/mod.rs"]
 mod common;
+#[cfg(feature = "tls")]
+#[path = "../tls/front.rs"]
+#[allow(dead_code)]
+mod front;
 mod inetd;
 #[path = "../postfix/instance.rs"]
 mod instance;
@@ -22,8 +26,17 @@ mod master_confines;
 mod master_ends;
 mod master_refuses;
 mod one_session;
+#[cfg(feature = "tls")]
+#[path = "../tls/pki.rs"]
+#[allow(dead_code)]
+mod pki;
 mod program;
+#[cfg(feature = "tls")]
+#[path = "../tls/pump.rs"]
+mod pump;
 mod reload;
+#[cfg(feature = "tls")]
+mod secrets;
 mod snippets;
 mod spawn;
 mod spooled;

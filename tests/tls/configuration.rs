@@ -218,7 +218,11 @@ fn a_password_file_that_others_may_read() {
     if nix::unistd::Uid::effective().is_root() {
         mode(0o600);
         std::os::unix::fs::chown(file.path(), Some(65534), None).unwrap();
-        refused(&keys, &["password_file: ", "belongs to user 65534", "chown root"]);
+        let primary = format!("{{address: \"127.0.0.1:1\", {keys}}}");
+        let yaml = config(&primary, &[], "", "");
+        let output = run(&["--user", "daemon", "check"], Some(&yaml), &[]);
+        let words = ["password_file: ", "belongs to user 65534", "chown root"];
+        assert_refused(&output, &words);
     }
 }
 
