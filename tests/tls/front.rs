@@ -82,7 +82,7 @@ pub struct Front {
 }
 
 struct Shared {
-    sink: SocketAddr,
+    sink: Mutex<SocketAddr>,
     options: Mutex<Options>,
     seen: Mutex<Vec<Seen>>,
 }
@@ -96,7 +96,7 @@ impl Front {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let addr = listener.local_addr().unwrap();
         let (options, seen) = (Mutex::new(options), Mutex::default());
-        let shared = Arc::new(Shared { sink: sink.addr(), options, seen });
+        let shared = Arc::new(Shared { sink: Mutex::new(sink.addr()), options, seen });
         let front = Front { sink, addr, shared: Arc::clone(&shared) };
         thread::spawn(move || {
             for socket in listener.incoming() {
@@ -123,6 +123,11 @@ impl Front {
     /// From now on new connections meet this.
     pub fn change(&self, change: impl FnOnce(&mut Options)) {
         change(&mut self.shared.options.lock().unwrap());
+    }
+
+    /// From now on new connections are passed on to there.
+    pub fn lead_to(&self, addr: SocketAddr) {
+        *self.shared.sink.lock().unwrap() = addr;
     }
 
     /// All connections so far.
@@ -269,7 +274,8 @@ impl Guest<'_> {
         tls: Option<ServerConnection>,
         first: &[u8],
     ) -> std::io::Result<()> {
-        let mut sink = TcpStream::connect_timeout(&self.shared.sink, BOUND)?;
+        let sink = *self.shared.sink.lock().unwrap();
+        let mut sink = TcpStream::connect_timeout(&sink, BOUND)?;
         sink.set_nodelay(true)?;
         let is_clear = tls.is_none();
         if is_clear || !self.options.implicit {

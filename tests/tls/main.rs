@@ -3,7 +3,8 @@
 //! `destinations` is what a destination's `tls` promises, `attacks` who stands in the middle,
 //! `credentials` how it logs in, `mandatory` who insists on either, `messages` that mail is the same
 //! with it, `clients` and `hostile_clients` STARTTLS for clients, `configuration` what is refused
-//! at the start, `reasons` what is said of a bad certificate. `real` is all of it with other
+//! at the start, `reasons` what is said of a bad certificate, `together` where TLS meets
+//! the other promises. `real` is all of it with other
 //! people's servers and clients.
 
 #[path = "../common/mod.rs"]
@@ -24,6 +25,7 @@ mod pki;
 mod pump;
 mod real;
 mod reasons;
+mod together;
 
 use common::{Client, Dup};
 use front::Front;
