@@ -6,6 +6,10 @@
 
 #[path = "common/mod.rs"]
 mod common;
+#[cfg(feature = "tls")]
+#[path = "tls/pki.rs"]
+#[allow(dead_code)]
+mod pki;
 
 use std::net::TcpListener;
 use std::sync::Mutex;
@@ -71,7 +75,8 @@ fn a_panic_is_a_421_and_a_line_with_its_place() {
     });
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("test.yaml");
-    std::fs::write(&file, config(primary.addr(), &[], "max_connections: 2", "")).unwrap();
+    let smtp = format!("max_connections: 2\n{}", identity(folder.path()));
+    std::fs::write(&file, config(primary.addr(), &[], &smtp, "")).unwrap();
     let (config, _) = Config::load(Some(&file), [].into_iter(), None).unwrap();
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let addr = listener.local_addr().unwrap();
@@ -100,6 +105,8 @@ fn a_panic_is_a_421_and_a_line_with_its_place() {
             assert!(line.contains("at tests/panic.rs:"), "{line}");
             assert_eq!(log.lines("ERROR: panic at tests/panic.rs:").len(), number);
         }
+        #[cfg(feature = "tls")]
+        through_tls(addr);
         assert_eq!(bystander.body(b"x\r\n").code, 250);
         let mut next = Client::ready(addr);
         assert_eq!(next.message("a@example.com", &["b@example.com"], b"x\r\n").code, 250);
@@ -110,4 +117,47 @@ fn a_panic_is_a_421_and_a_line_with_its_place() {
         served.join().unwrap().unwrap();
     });
     assert_eq!(primary.attempts().len(), 2);
+}
+
+/// What it takes to offer STARTTLS, in files of this folder, as lines of the section.
+#[cfg(feature = "tls")]
+fn identity(folder: &std::path::Path) -> String {
+    use std::os::unix::fs::PermissionsExt;
+    let pair = pki::self_signed("dup.example");
+    let (certificate, key) = (folder.join("cert.pem"), folder.join("key.pem"));
+    std::fs::write(&certificate, &pair.certificate).unwrap();
+    std::fs::write(&key, &pair.key).unwrap();
+    std::fs::set_permissions(&key, PermissionsExt::from_mode(0o600)).unwrap();
+    let (certificate, key) = (certificate.display(), key.display());
+    format!("tls_certificate: \"{certificate}\"\ntls_key: \"{key}\"")
+}
+
+#[cfg(not(feature = "tls"))]
+fn identity(_: &std::path::Path) -> String {
+    String::new()
+}
+
+/// The 421 comes through TLS like every reply, and then its end.
+#[cfg(feature = "tls")]
+fn through_tls(addr: std::net::SocketAddr) {
+    use std::process::{Command, Stdio};
+    if Command::new("openssl").arg("version").output().is_err() {
+        assert!(std::env::var_os("CI").is_none(), "there is no openssl");
+        return eprintln!("skipped: there is no openssl");
+    }
+    let bound = common::BOUND.as_secs().to_string();
+    let mut openssl = Command::new("timeout")
+        .args([&bound, "openssl", "s_client", "-starttls", "smtp", "-quiet", "-ign_eof"])
+        .args(["-connect", &addr.to_string()])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let commands =
+        b"EHLO x\r\nMAIL FROM:<a@example.com>\r\nRCPT TO:<defect@example.com>\r\nDATA\r\n";
+    std::io::Write::write_all(openssl.stdin.as_mut().unwrap(), commands).unwrap();
+    let output = openssl.wait_with_output().unwrap();
+    let heard = String::from_utf8_lossy(&output.stdout);
+    assert!(heard.lines().last().is_some_and(|line| line.starts_with("421 4.3.0 ")), "{heard}");
 }
