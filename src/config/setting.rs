@@ -198,7 +198,16 @@ pub fn domain(text: &str) -> Result<String, String> {
 /// A network, or one address.
 pub fn network(text: &str) -> Result<IpNet, String> {
     let address = text.parse::<IpAddr>().map(IpNet::from);
-    text.parse().or(address).map_err(|_| format!("\"{text}\" is not a network; write an address or a CIDR block, as 192.0.2.0/24 or 2001:db8::/32"))
+    text.parse().or(address).map(canonical).map_err(|_| format!("\"{text}\" is not a network; write an address or a CIDR block, as 192.0.2.0/24 or 2001:db8::/32"))
+}
+
+/// IPv4 in IPv6's clothes is IPv4 (RFC 4291 §2.5.5.2), as the clients are that it is for.
+fn canonical(network: IpNet) -> IpNet {
+    let mapped = network.addr().to_canonical();
+    match network.prefix_len().checked_sub(96) {
+        Some(length) if mapped != network.addr() => IpNet::new(mapped, length).unwrap_or(network),
+        _ => network,
+    }
 }
 
 pub fn level(text: &str) -> Result<LevelFilter, String> {

@@ -98,6 +98,24 @@ fn an_ipv4_client_of_an_ipv6_listener_is_known_by_its_ipv4_address() {
     assert!(line.contains(": client=127.0.0.1:"), "{line}");
 }
 
+/// Whoever copies from a log of IPv6 means IPv4 all the same.
+#[test]
+fn a_network_of_ipv4_may_stand_in_the_words_of_ipv6() {
+    let primary = Sink::start();
+    for (listen, allowed) in
+        [("127.0.0.1:0", "::ffff:127.0.0.8/125"), ("[::]:0", "::ffff:7f00:8/125")]
+    {
+        let allowed = format!("allowed_clients: [\"{allowed}\", \"::ffff:127.0.0.3\"]");
+        let dup = dup_with(&primary, &format!("listen: \"{listen}\"\n{allowed}"), "");
+        let addr = SocketAddr::new(ip("127.0.0.1"), dup.addr().port());
+        for (from, code) in
+            [("127.0.0.3", 220), ("127.0.0.7", 421), ("127.0.0.8", 220), ("127.0.0.16", 421)]
+        {
+            Client::connect_from(ip(from), addr).expect_reply(code);
+        }
+    }
+}
+
 #[test]
 fn without_a_setting_only_this_machine_is_allowed() {
     // An address of this machine that is not the loopback's; none, no test.
