@@ -49,6 +49,25 @@ fn a_stripped_starttls_is_no_way_to_clear_text() {
     assert!(text.contains("STARTTLS: not offered, and tls: required"), "{text}");
 }
 
+/// Whoever does not want us at all hears no word.
+#[test]
+fn a_greeting_that_refuses_is_left_without_a_word() {
+    let pair = self_signed("127.0.0.1");
+    let keys = format!("tls: required, fingerprint: \"{}\"", pair.fingerprint());
+    for greeting in ["554 5.7.1 go away", "421 4.3.2 later"] {
+        let sink = Sink::replying(move |event| match event {
+            Event::Connect(_) => Action::reply(greeting),
+            _ => Action::Default,
+        });
+        let primary = format!("{{address: \"{}\", {keys}}}", sink.addr());
+        let dup = Dup::start(&config(&primary, &[], "", ""));
+        let heard = Client::greeted(dup.addr()).expect("EHLO client.example", 421);
+        assert!(heard.text().contains(greeting), "{heard:?}");
+        sink.wait_for("the end", |sink| sink.connections() == 1 && sink.open_connections() == 0);
+        assert!(sink.commands().is_empty(), "{:?}", sink.commands());
+    }
+}
+
 #[test]
 fn a_refused_starttls_is_no_way_to_clear_text() {
     for reply in ["454 4.7.0 later\r\n", "502 5.5.1 what?\r\n", "354 go on\r\n", "xyz\r\n"] {

@@ -55,7 +55,8 @@ struct Opening<'a> {
 
 impl Opening<'_> {
     fn in_clear(&self) -> Result<Connection, Failure> {
-        let mut connection = self.greeted()?;
+        let mut connection = self.connect()?;
+        self.greeting(&mut connection)?;
         self.hello(&mut connection)?;
         Ok(connection)
     }
@@ -88,11 +89,11 @@ impl Opening<'_> {
 
     /// TLS by STARTTLS, or no connection.
     fn required(&self, peer: &Peer) -> Result<Connection, Failure> {
-        let mut connection = self.greeted()?;
-        let ehlo = self.ehlo(&mut connection);
+        let mut connection = self.connect()?;
+        let hello = self.greeting(&mut connection).and_then(|()| self.ehlo(&mut connection));
         // Whatever comes of it: not even QUIT in clear.
         connection.at_rest = false;
-        ehlo?;
+        hello?;
         if !connection.features.starttls {
             let what = "not offered, and tls: required";
             return Err(Failure::Unfit(Step::StartTls, what.into()));
@@ -126,13 +127,6 @@ impl Opening<'_> {
             at_rest: false,
             limits,
         })
-    }
-
-    /// A connection in clear whose server has said its greeting.
-    fn greeted(&self) -> Result<Connection, Failure> {
-        let mut connection = self.connect()?;
-        self.greeting(&mut connection)?;
-        Ok(connection)
     }
 
     /// The greeting, which must not be our own.
