@@ -12,10 +12,10 @@ use rustls::{
 use tempfile::NamedTempFile;
 
 use crate::common::*;
-use crate::front::swallow_reply;
+use crate::front::{Front, swallow_reply};
 use crate::pki::{Authority, file};
 use crate::pump::{Side, pump};
-use crate::{BODY, config, deliver};
+use crate::{BODY, config, deliver, destination};
 
 /// smtp-dup that offers STARTTLS, before a primary in clear.
 pub struct Server {
@@ -258,14 +258,17 @@ fn one_process_a_connection() {
     let authority = Authority::new();
     let pair = authority.issue("dup.example");
     let files = [file(&pair.certificate), file(&pair.key)];
-    let primary = Sink::start();
+    let fronts = [(); 2].map(|()| Front::start(&authority.issue("127.0.0.1")));
+    let ca = file(&authority.pem);
+    let tls = format!("tls: required, ca_file: \"{}\"", ca.path().display());
+    let [primary, backup] = fronts.each_ref().map(|front| destination(front, &tls));
     let keys = format!(
         "tls_certificate: \"{}\"\ntls_key: \"{}\"",
         files[0].path().display(),
         files[1].path().display()
     );
     let folder = tempfile::tempdir().unwrap();
-    let yaml = config(&format!("\"{}\"", primary.addr()), &[], &keys, "");
+    let yaml = config(&primary, &[backup], &keys, "");
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let addr = listener.local_addr().unwrap();
     let inetd = thread::spawn(move || {
@@ -285,7 +288,10 @@ fn one_process_a_connection() {
     client.expect("QUIT", 221);
     client.closed();
     assert!(inetd.join().unwrap().success());
-    primary.wait(1);
+    for front in &fronts {
+        assert_eq!(front.sink.wait(1)[0].data, BODY);
+        front.wait_secured(1);
+    }
 }
 
 /// Runs a shell line with `$HOST`, `$PORT` and `$CA`; what it printed, if the tool is there.
