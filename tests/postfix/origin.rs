@@ -130,3 +130,53 @@ fn a_primary_that_is_lost_before_mail() {
         assert!(forward.contains(attribute), "{forward}");
     }
 }
+
+/// However a client leaves what it has begun, a real Postfix forgets it too: nobody else's mail on
+/// the same connection seems to be from there.
+#[test]
+fn what_is_left_is_forgotten() {
+    if !available() {
+        return;
+    }
+    type Way = (&'static str, fn(&mut Client));
+    let ways: [Way; 6] = [
+        ("RSET", |client| drop(client.expect("RSET", 250))),
+        ("EHLO", |client| drop(client.ehlo())),
+        ("MAIL and RSET", |client| {
+            client.expect("MAIL FROM:<a@sender.test>", 250);
+            client.expect("RSET", 250);
+        }),
+        ("a refused MAIL", |client| {
+            drop(client.expect("MAIL FROM:<a@sender.test> SIZE=999999999999", 552))
+        }),
+        ("a refused recipient", |client| {
+            client.expect("MAIL FROM:<a@sender.test>", 250);
+            client.expect("RCPT TO:<b@>", 501);
+            client.expect("DATA", 503);
+        }),
+        ("a refused message", |client| {
+            client.envelope("a@sender.test", &["b@example.com"]);
+            let line = [&[b'x'; 98], b"\r\n".as_slice()].concat();
+            assert!(client.body(&line.repeat(2000)).code >= 500);
+        }),
+    ];
+    let end = Sink::start();
+    let settings = "smtpd_authorized_xforward_hosts = 127.0.0.0/8\nmessage_size_limit = 100000";
+    let primary = Postfix::start(end.addr(), settings);
+    let dup = Dup::start(&config(primary.address, &[], "", ""));
+    for (number, (way, leave)) in ways.into_iter().enumerate() {
+        let mut client = Client::ready(dup.addr());
+        client.expect("XFORWARD NAME=spike.example ADDR=192.0.2.1", 250);
+        leave(&mut client);
+        client.expect("QUIT", 221);
+        client.closed();
+        let mut other = Client::ready(dup.addr());
+        let sent = letter(&format!("other{number}"), b"Hello\r\n");
+        assert_eq!(other.message("a@sender.test", &["b@example.com"], &sent).code, 250, "{way}");
+        other.expect("QUIT", 221);
+        other.closed();
+        let id = message_id(&sent);
+        primary.wait_log(1, &["/cleanup[", &id]);
+        assert_eq!(origins(&primary)[&id], None, "after {way}");
+    }
+}
