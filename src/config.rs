@@ -110,7 +110,7 @@ pub const KEYS: &[Key] = &[
     key("smtp.max_recipients", |d, s| put(&mut d.max_recipients, s.count(1_000_000))),
     key("smtp.timeout_seconds", |d, s| put(&mut d.timeout, s.seconds())),
     key("smtp.tls_certificate", |d, s| put(&mut d.tls_certificate, s.optional_path())),
-    key("smtp.tls_key", |d, s| put(&mut d.tls_key, s.optional_path())),
+    key("smtp.tls_key", |d, s| put(&mut d.tls_key, s.secret_path())),
     key("relay.destination_primary", |d, s| {
         put(&mut d.primary, destination::optional(s, d.service))
     }),

@@ -4,6 +4,8 @@
 //! of a mapping mean is in `security`.
 
 use std::collections::BTreeMap;
+#[cfg(feature = "tls")]
+use std::path::PathBuf;
 
 use nix::unistd::Uid;
 
@@ -89,6 +91,13 @@ impl Words<'_> {
     pub fn get(&self, key: &str) -> Result<Option<&str>, String> {
         let setting = self.0.get(key).filter(|setting| !setting.is_nothing());
         setting.map(Setting::text).transpose().map_err(|what| format!("{key}: {what}"))
+    }
+
+    /// The file with a secret in it that a key names, if it does.
+    #[cfg(feature = "tls")]
+    pub fn secret_path(&self, key: &str) -> Result<Option<PathBuf>, String> {
+        let setting = self.0.get(key).filter(|setting| !setting.is_nothing());
+        setting.map_or(Ok(None), Setting::secret_path).map_err(|what| format!("{key}: {what}"))
     }
 
     /// The key is there and true.

@@ -102,7 +102,7 @@ pub fn secured(
 /// Who we are to a destination. Its password goes to nobody who is not verified, nor in clear
 /// unless that is said twice.
 fn login(words: &Words, level: Level, service: Option<Uid>) -> Result<Option<Login>, String> {
-    let (name, file) = (words.get("username")?, words.get("password_file")?);
+    let (name, file) = (words.get("username")?, words.secret_path("password_file")?);
     let in_clear = words.flag("allow_plaintext_auth")?;
     if in_clear && (name.is_none() || level != Level::None) {
         return Err("allow_plaintext_auth: has a meaning only with username and tls: none".into());
@@ -134,8 +134,7 @@ fn login(words: &Words, level: Level, service: Option<Uid>) -> Result<Option<Log
             "username: is empty, or holds control characters; write the name to log in with".into(),
         );
     }
-    let password = path(file).and_then(|file| password(&file, service));
-    let password = password.map_err(|what| format!("password_file: {what}"))?;
+    let password = password(&file, service).map_err(|what| format!("password_file: {what}"))?;
     Ok(Some(Login::new(name.into(), password)))
 }
 
@@ -184,7 +183,7 @@ pub fn certificate(
     Certificate::new(chain, key).map(Some).map_err(wrong)
 }
 
-/// A file by its whole path. What was written instead is not shown: it may be a secret.
+/// A file by its whole path.
 pub fn path(text: &str) -> Result<PathBuf, String> {
     match text.starts_with('/') {
         true => Ok(text.into()),

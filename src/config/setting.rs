@@ -154,6 +154,13 @@ impl Setting {
             text => Err(format!("\"{text}\" is no whole path; write one that begins with /")),
         }
     }
+
+    /// The same for a file with a secret in it. What was written instead is not shown: it may be
+    /// that secret.
+    pub fn secret_path(&self) -> Result<Option<PathBuf>, String> {
+        let hidden = "is no whole path; name a file by a path that begins with /";
+        self.optional_path().map_err(|_| hidden.into())
+    }
 }
 
 /// An address to listen on; `:2525` and `*:2525` are all addresses, a name is all of its own.

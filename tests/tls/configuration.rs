@@ -281,3 +281,28 @@ fn a_certificate_and_a_key_that_do_not_do() {
     std::fs::set_permissions(certificate.path(), PermissionsExt::from_mode(0o644)).unwrap();
     assert_eq!(identity(&certificate_name, &key_name).status.code(), Some(1));
 }
+
+/// Whoever writes a secret where its file belongs is not shown it again, in whatever log.
+#[test]
+fn a_secret_in_the_place_of_its_file() {
+    for secret in ["12345678", "\"12345678\"", "[12345678]", "1234567.8"] {
+        let output = with(&format!("{}, username: relay, password_file: {secret}", pinned()));
+        assert_refused(&output, &["password_file: ", "begins with /"]);
+        assert!(!String::from_utf8_lossy(&output.stderr).contains("1234567"), "{output:?}");
+    }
+    let pair = Authority::new().issue("dup.example");
+    let certificate = file(&pair.certificate);
+    let lines = pair.key.lines().map(|line| format!("\n  {line}")).collect::<String>();
+    let keys = format!("tls_certificate: \"{}\"\ntls_key: |{lines}", certificate.path().display());
+    let yaml = config("\"127.0.0.1:1\"", &[], &keys, "");
+    let in_the_file = run(&["check"], Some(&yaml), &[]);
+    let yaml = config("\"127.0.0.1:1\"", &[], "", "");
+    let in_a_variable = run(&["check"], Some(&yaml), &[("SMTP_DUP_SMTP_TLS_KEY", &pair.key)]);
+    for (output, key) in
+        [(in_the_file, "smtp.tls_key: "), (in_a_variable, "SMTP_DUP_SMTP_TLS_KEY: ")]
+    {
+        assert_refused(&output, &[key, "begins with /"]);
+        let part = &pair.key.lines().nth(1).unwrap()[..10];
+        assert!(!String::from_utf8_lossy(&output.stderr).contains(part), "{output:?}");
+    }
+}
