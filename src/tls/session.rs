@@ -119,7 +119,8 @@ impl Session {
             }
             self.receive(&mut NoWait(socket))?;
         }
-        Err(io::Error::new(ErrorKind::InvalidData, "records without end and nothing in them"))
+        // Much has come and no plaintext: an octet at a time, or records with nothing in them.
+        Err(ErrorKind::WouldBlock.into())
     }
 
     /// Says that nothing more will be written, without waiting.
