@@ -104,6 +104,7 @@ impl<'scope, 'env> Agents<'scope, 'env> {
         // What failed before may be what the backup always fails at, and ends each pass.
         later.sort_unstable_by_key(|found| found.due);
         let _ = goes_on && later.into_iter().all(|found| one(found.entry));
+        backup.end_pass();
         Ok(tried)
     }
 
@@ -153,7 +154,7 @@ impl<'scope, 'env> Agents<'scope, 'env> {
             Err(failure) => {
                 if let Some(copy) = backup.give_back(copy, &failure) {
                     backup.hold(copy, &failure);
-                    backup.expire_old(&failure.to_string());
+                    backup.expire_with(&failure);
                 }
             }
         }

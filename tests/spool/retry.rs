@@ -376,6 +376,23 @@ fn a_copy_for_a_backup_that_is_down_for_too_long_goes_to_failed() {
     end(&dup);
 }
 
+/// The same where there is no daemon, and passes alone try what waits.
+#[test]
+fn a_pass_gives_up_what_is_too_old() {
+    let folder = Folder::new();
+    let (primary, backup) = (Sink::start(), Sink::refusing(SinkOptions::default()));
+    let yaml = folder.config(&primary, &[&backup], "retry_for_seconds: 2");
+    let dup = Dup::start(&yaml);
+    send(&mut Client::ready(dup.addr()), 1);
+    kill(dup);
+    wait_until("it is given up", || {
+        run(&["flush"], Some(&yaml), &[]);
+        ids(&folder.files("failed")).len() == 1
+    });
+    assert!(note(&folder, &backup).contains("refused"), "{}", note(&folder, &backup));
+    assert!(folder.files("queue").is_empty(), "{:?}", folder.files("queue"));
+}
+
 /// Two messages of the same name: the clock of the names goes round in twelve days, and `failed/`
 /// keeps what it has for longer.
 #[test]

@@ -173,6 +173,22 @@ impl Backup {
         self.state().given_up.is_some()
     }
 
+    /// It failed: what is too old is given up with it. A process for one client has no time for
+    /// that.
+    pub fn expire_with(&self, failure: &Failure) {
+        if self.plan.tries_again {
+            self.expire_old(&failure.to_string());
+        }
+    }
+
+    /// A pass over the spool has ended.
+    pub fn end_pass(&self) {
+        let given_up = self.state().given_up.clone();
+        if let Some(why) = given_up {
+            self.expire_old(&why);
+        }
+    }
+
     /// The backup deferred this copy, or some of its recipients: those wait for themselves.
     pub fn defer(&self, copy: Copy, why: &str) {
         if !self.plan.tries_again && !copy.is_stored() {

@@ -231,10 +231,8 @@ impl Backup {
     }
 
     /// Gives up what has waited for too long while the backup is down, for nobody tries it then.
-    pub fn expire_old(&self, why: &str) {
-        let Some(spool) = self.plan.spool.as_ref().filter(|_| self.plan.tries_again) else {
-            return;
-        };
+    pub(super) fn expire_old(&self, why: &str) {
+        let Some(spool) = &self.plan.spool else { return };
         let found = spool.old(&self.name).and_then(|mut reader| {
             loop {
                 let found = reader.read(SLICE)?;
