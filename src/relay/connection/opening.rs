@@ -41,11 +41,12 @@ impl Connection {
         if let Some(login) = to.security().login() {
             connection.log_in(login, deadline)?;
         }
-        Ok(connection)
+        Ok(*connection)
     }
 }
 
-/// What all steps need to know.
+/// What all steps need to know. They hand the connection on in a box, for what lies on the stack
+/// meanwhile is memory of an idle client for as long as that stays.
 struct Opening<'a> {
     to: &'a Destination,
     us: &'a Identity,
@@ -54,19 +55,28 @@ struct Opening<'a> {
 }
 
 impl Opening<'_> {
-    fn in_clear(&self) -> Result<Connection, Failure> {
+    fn in_clear(&self) -> Result<Box<Connection>, Failure> {
         let mut connection = self.connect()?;
         self.greeting(&mut connection)?;
         self.hello(&mut connection)?;
         Ok(connection)
     }
 
-    /// TLS where it is offered, unless that fails.
-    fn opportunistic(&self, peer: &Peer) -> Result<Connection, Failure> {
-        let mut connection = self.in_clear()?;
-        if !connection.features.starttls {
-            return Ok(connection);
+    /// TLS where it is offered and works.
+    fn opportunistic(&self, peer: &Peer) -> Result<Box<Connection>, Failure> {
+        let connection = self.in_clear()?;
+        match connection.features.starttls {
+            true => self.with_tls(connection, peer),
+            false => Ok(connection),
         }
+    }
+
+    /// TLS where it is offered, unless that fails: then a new connection in clear.
+    fn with_tls(
+        &self,
+        mut connection: Box<Connection>,
+        peer: &Peer,
+    ) -> Result<Box<Connection>, Failure> {
         let failure = match self.start_tls(&mut connection, peer) {
             Ok(()) => {
                 peer.goes_in_clear(false);
@@ -88,7 +98,7 @@ impl Opening<'_> {
     }
 
     /// TLS by STARTTLS, or no connection.
-    fn required(&self, peer: &Peer) -> Result<Connection, Failure> {
+    fn required(&self, peer: &Peer) -> Result<Box<Connection>, Failure> {
         let mut connection = self.connect()?;
         let hello = self.greeting(&mut connection).and_then(|()| self.ehlo(&mut connection));
         // Whatever comes of it: not even QUIT in clear.
@@ -103,7 +113,7 @@ impl Opening<'_> {
     }
 
     /// TLS from the first octet on, or no connection.
-    fn implicit(&self, peer: &Peer) -> Result<Connection, Failure> {
+    fn implicit(&self, peer: &Peer) -> Result<Box<Connection>, Failure> {
         let mut connection = self.connect()?;
         self.handshake(&mut connection, peer)?;
         self.greeting(&mut connection)?;
@@ -111,14 +121,14 @@ impl Opening<'_> {
         Ok(connection)
     }
 
-    fn connect(&self) -> Result<Connection, Failure> {
+    fn connect(&self) -> Result<Box<Connection>, Failure> {
         let limits = self.limits;
         let socket = self.to.connect(self.deadline.renewed(limits.connect));
         let stream = socket.and_then(Stream::new).map_err(|error| match error.kind() {
             ErrorKind::Interrupted => Failure::Stopping(Step::Connect),
             _ => Failure::Connect(error),
         })?;
-        Ok(Connection {
+        Ok(Box::new(Connection {
             stream,
             input: Vec::new(),
             features: Features::default(),
@@ -126,7 +136,7 @@ impl Opening<'_> {
             protection: Protection::Nothing,
             at_rest: false,
             limits,
-        })
+        }))
     }
 
     /// The greeting, which must not be our own.
