@@ -19,7 +19,8 @@ use crate::maillog;
 use crate::message::{Message, NoCopy, QueueId};
 use crate::shutdown::Shutdown;
 use crate::smtp::reply::{Class, Reply};
-use crate::spool::reader::Reader;
+use crate::spool::Entry;
+use crate::spool::reader::{Found, Reader};
 
 /// Stack of a worker or an agent, in octets. The handshake of TLS, which takes most of it, took 96 KiB
 /// in a debug build with the longest chain of certificates that is followed.
@@ -30,6 +31,16 @@ pub struct Agents<'scope, 'env> {
     scope: &'scope Scope<'scope, 'env>,
     backups: &'env [Backup],
     shutdown: &'env Shutdown,
+}
+
+/// So many copies that failed before are remembered by a pass until it has tried the others.
+const MOST_LATER: usize = 10_000;
+
+/// Tries what failed before, what is due longest first, for as long as that `goes_on`: it may be
+/// what the backup always fails at, and ends each pass.
+fn in_order(found: &mut Vec<Found>, goes_on: impl FnMut(Entry) -> bool) -> bool {
+    found.sort_unstable_by_key(|found| found.due);
+    found.drain(..).map(|found| found.entry).all(goes_on)
 }
 
 impl<'scope, 'env> Agents<'scope, 'env> {
@@ -96,14 +107,16 @@ impl<'scope, 'env> Agents<'scope, 'env> {
         };
         let mut goes_on = true;
         while goes_on && let Some(found) = reader.read(1)?.pop() {
-            match found.is_new() {
-                true => goes_on = one(found.entry),
-                false => later.push(found),
+            if found.is_new() {
+                goes_on = one(found.entry);
+                continue;
+            }
+            later.push(found);
+            if later.len() == MOST_LATER {
+                goes_on = in_order(&mut later, &mut one);
             }
         }
-        // What failed before may be what the backup always fails at, and ends each pass.
-        later.sort_unstable_by_key(|found| found.due);
-        let _ = goes_on && later.into_iter().all(|found| one(found.entry));
+        let _ = goes_on && in_order(&mut later, &mut one);
         backup.end_pass();
         Ok(tried)
     }
