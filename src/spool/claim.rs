@@ -12,7 +12,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use nix::fcntl::{Flock, FlockArg};
 
-use super::{Entry, MAIL, Spool, TO, create, ignore_missing, is_still, sync_folder};
+use super::{Entry, MAIL, Spool, TO, create, ignore_missing, is_still, is_there, sync_folder};
 use crate::message::QueueId;
 use crate::smtp::command::{Command, Relayed};
 use crate::smtp::envelope::{Envelope, Path as Address};
@@ -88,7 +88,7 @@ impl Spool {
     pub fn claim(self: &Arc<Self>, entry: Entry, backup: &str) -> io::Result<Claimed> {
         // The names of its copies are there before a message is: it waits for the primary's word,
         // or its writer is gone.
-        if !self.mail(entry).exists() {
+        if !is_there(&self.mail(entry)) {
             return Ok(Claimed::Gone);
         }
         self.claim_path(entry, backup, &self.copy(entry, backup))

@@ -11,7 +11,7 @@ use std::time::SystemTime;
 
 use nix::fcntl::Flock;
 
-use super::{Entry, Spool, create, sync_folder};
+use super::{Entry, Spool, create, is_there, sync_folder};
 use crate::message::QueueId;
 use crate::smtp::command::Relayed;
 use crate::smtp::envelope::Envelope;
@@ -87,7 +87,7 @@ impl Draft {
         let entry = Entry { hour: hour_of(SystemTime::now()), id: self.id };
         self.spool.ready_hour(entry)?;
         // Nobody else can be about to make it: they would need tmp/ID, which is ours.
-        if self.spool.mail(entry).exists() {
+        if is_there(&self.spool.mail(entry)) {
             return Err(io::ErrorKind::AlreadyExists.into());
         }
         for backup in self.backups.iter() {

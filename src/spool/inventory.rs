@@ -13,7 +13,7 @@ use nix::fcntl::Flock;
 
 use super::claim::{Claimed, Mail, Owed, open, read_mail, write_state};
 use super::draft::hour_of;
-use super::{Entry, MAIL, Spool, TO, ignore_missing, sync_folder};
+use super::{Entry, MAIL, Spool, TO, ignore_missing, is_there, sync_folder};
 use crate::message::QueueId;
 
 /// Which part of the spool a copy lies in.
@@ -70,7 +70,7 @@ impl Spool {
 
     /// A copy of a message that was accepted: before that, it is not owed yet.
     pub fn is_committed(&self, item: &Item) -> bool {
-        self.item_mail_path(item).exists()
+        is_there(&self.item_mail_path(item))
     }
 
     /// How many copies of accepted messages for a backup lie in a part.
@@ -131,7 +131,7 @@ impl Spool {
         // Under another name when it is for somebody else: whom a message can be owed to is
         // written in it, and that list must hold for all that have its name. And when it lies there
         // for others, who may take it along at any moment.
-        if new.is_some() || other.is_none() && self.mail(entry).exists() {
+        if new.is_some() || other.is_none() && is_there(&self.mail(entry)) {
             entry.id = QueueId::next();
         }
         self.ready_hour(entry)?;
@@ -154,7 +154,7 @@ impl Spool {
     fn twin(&self, id: QueueId, backup: &str) -> io::Result<Option<Item>> {
         for (hour, _) in self.hours()? {
             let entry = Entry { hour, id };
-            if self.copy(entry, backup).exists() {
+            if is_there(&self.copy(entry, backup)) {
                 return Ok(Some(Item { part: Part::Queue, entry, backup: backup.into() }));
             }
         }
@@ -191,10 +191,10 @@ impl Spool {
                 ignore_missing(fs::remove_file(self.item_path(item)))?;
                 // One that cannot be read is left to the sweep, who looks at every name.
                 let Ok(mail) = mail else { return Ok(()) };
-                let is_there = |backup: &String| {
-                    self.item_path(&Item { backup: backup.clone(), ..item.clone() }).exists()
+                let is_owed = |backup: &String| {
+                    is_there(&self.item_path(&Item { backup: backup.clone(), ..item.clone() }))
                 };
-                match mail.backups.iter().any(is_there) {
+                match mail.backups.iter().any(is_owed) {
                     true => Ok(()),
                     false => ignore_missing(fs::remove_file(self.item_mail_path(item))),
                 }

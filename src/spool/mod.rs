@@ -236,7 +236,7 @@ impl Spool {
 
     /// Removes a message that is owed to nobody any more.
     fn settle(&self, entry: Entry, backups: &[String]) -> io::Result<()> {
-        if backups.iter().any(|backup| self.copy(entry, backup).exists()) {
+        if backups.iter().any(|backup| is_there(&self.copy(entry, backup))) {
             return Ok(());
         }
         ignore_missing(fs::remove_file(self.mail(entry)))
@@ -288,6 +288,11 @@ fn create(path: &Path, again: bool) -> io::Result<File> {
         options.create_new(true)
     };
     options.open(path)
+}
+
+/// There is something of this name. A link is something, whether or not it leads anywhere.
+fn is_there(path: &Path) -> bool {
+    fs::symlink_metadata(path).is_ok()
 }
 
 /// A file that was opened has this name still.

@@ -8,7 +8,7 @@ use std::path::Path;
 use std::time::{Duration, SystemTime};
 
 use super::claim::{Owed, read_mail, seconds};
-use super::{Entry, MAIL, Spool, TO, ignore_missing, remove_abandoned};
+use super::{Entry, MAIL, Spool, TO, ignore_missing, is_there, remove_abandoned};
 use crate::message::QueueId;
 
 /// An hour is left alone while somebody may just be committing to it.
@@ -98,9 +98,9 @@ impl Spool {
     /// False, and removed, when there is no message to a copy: its writer is gone before the
     /// commit, or is just about to make it.
     fn sweep_copy(&self, entry: Entry, backup: &str) -> io::Result<bool> {
-        let is_there = || self.mail(entry).exists();
+        let is_committed = || is_there(&self.mail(entry));
         // In this order: the message moves from the one place to the other.
-        if is_there() || self.tmp().join(entry.id.to_string()).exists() || is_there() {
+        if is_committed() || is_there(&self.tmp().join(entry.id.to_string())) || is_committed() {
             return Ok(true);
         }
         ignore_missing(fs::remove_file(self.copy(entry, backup)))?;
@@ -112,16 +112,16 @@ impl Spool {
     /// folder is looked through.
     fn sweep_mail(&self, folder: &Path, id: QueueId, backups: &[String]) -> io::Result<()> {
         let start = format!("{id}{TO}");
-        let is_there = |backup: &String| folder.join(format!("{start}{backup}")).exists();
-        if backups.iter().any(is_there) {
+        let is_owed = |backup: &String| is_there(&folder.join(format!("{start}{backup}")));
+        if backups.iter().any(is_owed) {
             return Ok(());
         }
         let path = folder.join(format!("{id}{MAIL}"));
-        if read_mail(&path).is_ok_and(|mail| mail.backups.iter().any(is_there)) {
+        if read_mail(&path).is_ok_and(|mail| mail.backups.iter().any(is_owed)) {
             return Ok(());
         }
         // Somebody is just putting it there.
-        if self.tmp().join(id.to_string()).exists() {
+        if is_there(&self.tmp().join(id.to_string())) {
             return Ok(());
         }
         for file in fs::read_dir(folder)? {

@@ -147,7 +147,8 @@ fn things(hour: &Path, copy: &dyn Fn(&str) -> String) {
     mkfifo("0000000006.mail");
     symlink(&good, hour.join("0000000007.mail")).unwrap();
     symlink("/dev/zero", hour.join("0000000008.mail")).unwrap();
-    for id in ["0000000005", "0000000006", "0000000007", "0000000008"] {
+    symlink("/nowhere", hour.join("0000000009.mail")).unwrap();
+    for id in ["0000000005", "0000000006", "0000000007", "0000000008", "0000000009"] {
         fs::write(hour.join(copy(id)), "").unwrap();
     }
 }
@@ -155,7 +156,7 @@ fn things(hour: &Path, copy: &dyn Fn(&str) -> String) {
 #[test]
 fn what_is_no_file_is_never_followed_and_blocks_nothing() {
     let (_folder, _, log) = survives(things);
-    for number in 1..=8 {
+    for number in 1..=9 {
         assert!(log.contains(&format!("error: 000000000{number}: ")), "{number}\n{log}");
     }
     assert!(fs::metadata("/etc/passwd").unwrap().len() > 0);
@@ -170,7 +171,7 @@ fn what_is_no_file_is_put_aside() {
         .unwrap()
         .map(|e| e.unwrap().file_name())
         .collect();
-    for number in 1..=8 {
+    for number in 1..=9 {
         let start = format!("000000000{number}.");
         let is_it = |name: &std::ffi::OsString| name.to_str().unwrap().starts_with(&start);
         assert!(damaged.iter().any(is_it), "{number}: {damaged:?}\n{log}");
