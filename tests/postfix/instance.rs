@@ -385,8 +385,11 @@ fn master_cf(address: SocketAddr) -> String {
         ("anvil", "-", "-", "1", "anvil"),
         ("scache", "-", "-", "1", "scache"),
     ];
+    // postlogd(8) leaves after max_use lines, and only master(8) can start the next: when that has
+    // something to warn of just then and the socket is full, it waits for ever, and all with it.
+    let postlogd = "postlogd -o max_use=1000000";
     let mut text =
-        format!("{address} inet n - n - - smtpd\npostlog unix-dgram n - n - 1 postlogd\n");
+        format!("{address} inet n - n - - smtpd\npostlog unix-dgram n - n - 1 {postlogd}\n");
     for (name, private, wakeup, maxproc, program) in services {
         writeln!(text, "{name} unix {private} - n {wakeup} {maxproc} {program}").unwrap();
     }
