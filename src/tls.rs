@@ -11,8 +11,8 @@ mod session;
 
 use std::fmt;
 use std::net::Ipv4Addr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::{CryptoProvider, verify_tls12_signature, verify_tls13_signature};
@@ -29,17 +29,18 @@ pub use self::session::Session;
 pub enum Trust {
     /// Anybody's, good or not: keeps out who only listens, and nobody who can do more.
     Anybody,
-    /// One that a CA of the system has given to the destination's name.
-    System,
-    /// One that one of these CAs has given to it.
-    Authorities(RootCertStore),
+    /// One that one of these CAs has given to the destination's name.
+    Authorities(Arc<RootCertStore>),
     /// This very one, whatever it says of itself.
     Pinned(Fingerprint),
 }
 
 /// TLS with one destination.
 pub struct Peer {
-    config: Arc<ClientConfig>,
+    trust: Trust,
+    /// Made for the first session: a process that is there for one client greets that first, and
+    /// has no use for it with a server that offers no TLS.
+    config: OnceLock<Arc<ClientConfig>>,
     name: ServerName<'static>,
     is_verified: bool,
     /// It offers TLS, and the last connection does without.
@@ -50,7 +51,7 @@ impl Peer {
     /// TLS with the server of this name, or address.
     ///
     /// # Errors
-    /// A text about the name or the CAs.
+    /// A text about the name.
     pub fn new(name: &str, trust: Trust) -> Result<Peer, String> {
         let is_verified = !matches!(trust, Trust::Anybody);
         let text = name.strip_suffix('.').unwrap_or(name);
@@ -62,21 +63,8 @@ impl Peer {
             // An address is not sent along, and no name has to be.
             Err(_) => ServerName::from(std::net::IpAddr::from(Ipv4Addr::UNSPECIFIED)),
         };
-        let provider = Arc::new(rustls::crypto::ring::default_provider());
-        let builder = ClientConfig::builder_with_provider(Arc::clone(&provider))
-            .with_safe_default_protocol_versions()
-            .map_err(|error| error.to_string())?;
-        let config = match trust {
-            Trust::Anybody => unchained(builder, Unchained { pinned: None, provider }),
-            Trust::Pinned(one) => unchained(builder, Unchained { pinned: Some(one), provider }),
-            Trust::System => {
-                builder.with_root_certificates(system_authorities()?).with_no_client_auth()
-            }
-            Trust::Authorities(store) => {
-                builder.with_root_certificates(store).with_no_client_auth()
-            }
-        };
-        Ok(Peer { config: Arc::new(config), name, is_verified, in_clear: AtomicBool::new(false) })
+        let (config, in_clear) = (OnceLock::new(), AtomicBool::new(false));
+        Ok(Peer { trust, config, name, is_verified, in_clear })
     }
 
     /// The beginning of a session.
@@ -84,9 +72,29 @@ impl Peer {
     /// # Errors
     /// What rustls says.
     pub fn session(&self) -> Result<Session, String> {
-        ClientConnection::new(Arc::clone(&self.config), self.name.clone())
+        self.config()
+            .and_then(|config| ClientConnection::new(config, self.name.clone()))
             .map(|connection| Session::new(connection.into()))
             .map_err(|error| error.to_string())
+    }
+
+    /// One for all sessions, which are resumed by it.
+    fn config(&self) -> Result<Arc<ClientConfig>, rustls::Error> {
+        if let Some(config) = self.config.get() {
+            return Ok(Arc::clone(config));
+        }
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let builder = ClientConfig::builder_with_provider(Arc::clone(&provider))
+            .with_safe_default_protocol_versions()?;
+        let config = match &self.trust {
+            Trust::Anybody => unchained(builder, Unchained { pinned: None, provider }),
+            Trust::Pinned(one) => unchained(builder, Unchained { pinned: Some(*one), provider }),
+            Trust::Authorities(store) => {
+                builder.with_root_certificates(Arc::clone(store)).with_no_client_auth()
+            }
+        };
+        // Another thread may have made one as well meanwhile: the first is everybody's.
+        Ok(Arc::clone(self.config.get_or_init(|| Arc::new(config))))
     }
 
     /// It is known who is at the other end of a session.
@@ -114,7 +122,10 @@ fn unchained(builder: Builder, verifier: Unchained) -> ClientConfig {
 }
 
 /// The CAs of the system.
-fn system_authorities() -> Result<RootCertStore, String> {
+///
+/// # Errors
+/// A text that says that there are none.
+pub fn system_authorities() -> Result<Arc<RootCertStore>, String> {
     let found = rustls_native_certs::load_native_certs();
     let mut store = RootCertStore::empty();
     // Some systems ship CAs that webpki cannot read; the others do without those.
@@ -125,7 +136,7 @@ fn system_authorities() -> Result<RootCertStore, String> {
                   ca_file or fingerprint"
                 .into())
         }
-        _ => Ok(store),
+        _ => Ok(Arc::new(store)),
     }
 }
 
@@ -133,12 +144,12 @@ fn system_authorities() -> Result<RootCertStore, String> {
 ///
 /// # Errors
 /// A text that says what is wrong with it.
-pub fn authorities(text: &[u8]) -> Result<RootCertStore, String> {
+pub fn authorities(text: &[u8]) -> Result<Arc<RootCertStore>, String> {
     let mut store = RootCertStore::empty();
     for certificate in certificates(text)? {
         store.add(certificate).map_err(|error| error.to_string())?;
     }
-    Ok(store)
+    Ok(Arc::new(store))
 }
 
 /// The certificates in the text of a file, in PEM; at least one.

@@ -70,7 +70,7 @@ pub fn secured(
     }
     let trust = match (words.get("ca_file")?, words.get("fingerprint")?) {
         _ if !level.verifies() => Trust::Anybody,
-        (None, None) => Trust::System,
+        (None, None) => Trust::Authorities(tls::system_authorities()?),
         (Some(file), None) => {
             let remedy = "name a file of CA certificates in PEM";
             let read = path(file).and_then(|file| read(&file, remedy));
