@@ -34,18 +34,24 @@ pub struct Draft {
 }
 
 impl Draft {
-    /// Begins a message for `backups`.
+    /// Begins a message for `backups`, under the name `id` unless another process has had it too:
+    /// they are the microseconds at which mail began.
     ///
     /// # Errors
     /// Those of the file system; `StorageFull` when a limit leaves no room.
     pub fn begin(
         spool: &Arc<Spool>,
-        id: QueueId,
+        mut id: QueueId,
         envelope: &Envelope,
         backups: &Arc<[String]>,
     ) -> io::Result<Draft> {
         spool.has_room()?;
-        let (path, file) = spool.reserve(id)?;
+        let (path, file) = loop {
+            match spool.reserve_new(id) {
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => id = QueueId::next(),
+                reserved => break reserved?,
+            }
+        };
         let header = header(envelope, backups);
         let mut draft = Draft {
             spool: Arc::clone(spool),
@@ -59,6 +65,11 @@ impl Draft {
         };
         draft.file.write_all(&header)?;
         Ok(draft)
+    }
+
+    /// Its name.
+    pub fn id(&self) -> QueueId {
+        self.id
     }
 
     /// Appends to the body.
@@ -84,7 +95,7 @@ impl Draft {
     /// # Errors
     /// Those of the file system; `AlreadyExists` when there is a message of this name.
     pub fn address(&mut self) -> io::Result<()> {
-        let entry = Entry { hour: hour_of(SystemTime::now()), id: self.id };
+        let entry = Entry::now(self.id);
         self.spool.ready_hour(entry)?;
         // Nobody else can be about to make it: they would need tmp/ID, which is ours.
         if is_there(&self.spool.mail(entry)) {
@@ -143,6 +154,26 @@ impl Draft {
     }
 }
 
+impl Spool {
+    /// As [`Spool::reserve`], for a name that no message of this hour has.
+    fn reserve_new(&self, id: QueueId) -> io::Result<(PathBuf, Flock<File>)> {
+        let (path, file) = self.reserve(id)?;
+        // Looked for behind that: who has the name puts the message in place before leaving it.
+        if is_there(&self.mail(Entry::now(id))) {
+            fs::remove_file(path)?;
+            return Err(io::ErrorKind::AlreadyExists.into());
+        }
+        Ok((path, file))
+    }
+}
+
+impl Entry {
+    /// The place of a message that is committed now.
+    pub(super) fn now(id: QueueId) -> Entry {
+        Entry { hour: hour_of(SystemTime::now()), id }
+    }
+}
+
 /// A draft that came to nothing.
 impl Drop for Draft {
     fn drop(&mut self) {
@@ -187,4 +218,53 @@ pub(super) fn hour_of(time: SystemTime) -> u32 {
     let now = now.to_zoned_datetime(jiff::tz::TimeZone::UTC);
     ((now.year() as u32 * 100 + now.month() as u32) * 100 + now.day() as u32) * 100
         + now.hour() as u32
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::smtp::command::Command;
+    use crate::spool::Settings;
+
+    /// Two processes that begin a message in the same microsecond.
+    #[test]
+    fn a_name_that_somebody_has_is_nobody_elses() {
+        let folder = tempfile::tempdir().unwrap();
+        let settings = Settings {
+            folder: folder.path().join("spool"),
+            required: false,
+            retry_for: std::time::Duration::from_secs(60),
+            max_bytes: 0,
+        };
+        let spools = [(); 2].map(|()| Arc::new(Spool::open(&settings).unwrap()));
+        let path = |line: &[u8]| match Command::parse(line) {
+            Ok(Command::Relayed(Relayed::Mail(path) | Relayed::Rcpt(path))) => path,
+            other => panic!("{other:?}"),
+        };
+        let envelope = Envelope {
+            origin: Default::default(),
+            reverse_path: path(b"MAIL FROM:<a@example.com>"),
+            forward_paths: vec![path(b"RCPT TO:<b@example.com>")],
+        };
+        let backups: Arc<[String]> = [String::from("b.example:25")].into();
+        let id = QueueId::next();
+        let begin = |spool: &Arc<Spool>| {
+            let mut draft = Draft::begin(spool, id, &envelope, &backups).unwrap();
+            draft.write(b".\r\n").unwrap();
+            draft
+        };
+        let commit = |mut draft: Draft| {
+            draft.address().unwrap();
+            draft.commit().unwrap().entry.id
+        };
+        let (first, second) = (begin(&spools[0]), begin(&spools[1]));
+        let mut names = vec![commit(first)];
+        // The name is in the queue now, and nowhere else.
+        names.push(commit(begin(&spools[1])));
+        names.push(commit(second));
+        assert_eq!(names[0], id);
+        names.sort();
+        names.dedup();
+        assert_eq!(names.len(), 3);
+    }
 }

@@ -12,7 +12,6 @@ use std::time::SystemTime;
 use nix::fcntl::Flock;
 
 use super::claim::{Claimed, Mail, Owed, open, read_mail, write_state};
-use super::draft::hour_of;
 use super::{Entry, MAIL, Spool, TO, ignore_missing, is_there, sync_folder};
 use crate::message::QueueId;
 
@@ -118,7 +117,7 @@ impl Spool {
             None => self.twin(item.entry.id, backup)?,
             Some(_) => None,
         };
-        let mut entry = Entry { hour: hour_of(SystemTime::now()), id: item.entry.id };
+        let mut entry = Entry::now(item.entry.id);
         let other = match twin.as_ref().map(|twin| self.claim_item(twin)).transpose()? {
             Some(Claimed::Yes(claim)) => {
                 fresh.places = union(fresh.places, claim.owed.places.clone());

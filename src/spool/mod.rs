@@ -208,7 +208,7 @@ impl Spool {
     }
 
     /// Makes `tmp/ID` and locks it: nobody else makes a message of this name meanwhile, or takes
-    /// what there is of it for the remains of a crash.
+    /// what there is of it for the remains of a crash. `AlreadyExists` when somebody else has it.
     fn reserve(&self, id: QueueId) -> io::Result<(PathBuf, Flock<File>)> {
         let path = self.tmp().join(id.to_string());
         let file = match create(&path, false) {
@@ -220,11 +220,11 @@ impl Spool {
             }
             made => made?,
         };
-        let file = Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, e)| e)?;
-        // A sweep that came between the two has removed it, without the lock it would have lost.
-        match is_still(&path, &file) {
-            true => Ok((path, file)),
-            false => Err(io::Error::other("swept away while it was made")),
+        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(file) if is_still(&path, &file) => Ok((path, file)),
+            // Who came between the two has taken it for abandoned.
+            Ok(_) | Err((_, nix::Error::EWOULDBLOCK)) => Err(io::ErrorKind::AlreadyExists.into()),
+            Err((_, error)) => Err(error.into()),
         }
     }
 

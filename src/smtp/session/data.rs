@@ -49,12 +49,12 @@ impl Patience {
 impl<'a> Session<'a, '_, '_> {
     /// Receives the message behind a 354 and passes it on while it comes.
     pub(super) fn receive(&mut self) -> Result<(), End> {
-        let Some(Transaction { id, envelope, .. }) = self.transaction.take() else {
+        let Some(Transaction { mut id, envelope, .. }) = self.transaction.take() else {
             return Ok(());
         };
         let begun = Instant::now();
         self.client.flush()?;
-        let (mut message, opened) = self.open(id, &envelope);
+        let (mut message, opened) = self.open(&mut id, &envelope);
         let reply = match self.pass_on(&mut message, id, opened) {
             Ok(reply) => reply,
             Err(end) => {
@@ -91,18 +91,21 @@ impl<'a> Session<'a, '_, '_> {
         Ok(())
     }
 
-    /// Begins to collect a message for the backups, if there are any, in the spool if there is one.
-    /// Gives also whether it may be passed on at all.
-    fn open(&self, id: QueueId, envelope: &Envelope) -> (Incoming<'a>, Result<(), Reply>) {
+    /// Begins to collect a message for the backups, if there are any, in the spool if there is one,
+    /// which may have to give it another name. Gives also whether it may be passed on at all.
+    fn open(&self, id: &mut QueueId, envelope: &Envelope) -> (Incoming<'a>, Result<(), Reply>) {
         let shared = self.shared;
         if !self.agents.are_wanted() {
             return (Incoming::new(shared, None), Ok(()));
         }
         let mut opened = Ok(());
         let draft = shared.spool.as_ref().and_then(|spool| {
-            let draft = Draft::begin(spool, id, envelope, &shared.backups);
-            draft.map_err(|error| opened = self.kept(Err(error), id)).ok()
+            let draft = Draft::begin(spool, *id, envelope, &shared.backups);
+            draft.map_err(|error| opened = self.kept(Err(error), *id)).ok()
         });
+        if let Some(draft) = &draft {
+            *id = draft.id();
+        }
         (Incoming::new(shared, Some(Collector::new(shared.budget, draft))), opened)
     }
 
