@@ -50,7 +50,8 @@ use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 pub use self::claim::seconds;
 
@@ -65,6 +66,9 @@ const TO: &str = ".to.";
 
 /// The end of the name of a message.
 const MAIL: &str = ".mail";
+
+/// How long anybody waits for who has `failed/` or `hold/` to itself.
+const LONGEST_LOCK: Duration = Duration::from_secs(10);
 
 /// A folder of spooled messages, shared by any number of processes of one user.
 #[derive(Debug)]
@@ -315,9 +319,33 @@ fn remove_abandoned(path: &Path) -> io::Result<bool> {
     Ok(true)
 }
 
-/// Waits until nobody else has this folder, for as long as the lock is there.
+/// Waits until nobody else has this folder, for as long as the lock is there. Each has it for
+/// moments; one who is stopped meanwhile (SIGSTOP, a container that is frozen) is not waited for.
+///
+/// # Errors
+/// `TimedOut`, and those of open(2).
 fn lock_folder(path: &Path) -> io::Result<Flock<File>> {
-    Flock::lock(File::open(path)?, FlockArg::LockExclusive).map_err(|(_, error)| error.into())
+    let end = Instant::now() + LONGEST_LOCK;
+    let mut folder = File::open(path)?;
+    let mut pause = Duration::from_millis(1);
+    loop {
+        match Flock::lock(folder, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => return Ok(lock),
+            Err((again, nix::Error::EWOULDBLOCK)) if Instant::now() < end => folder = again,
+            Err((_, nix::Error::EWOULDBLOCK)) => {
+                let text = format!(
+                    "{}: another process has kept its lock for {} s, and may be stopped; find it \
+                     with lslocks(8)",
+                    path.display(),
+                    LONGEST_LOCK.as_secs()
+                );
+                return Err(io::Error::new(io::ErrorKind::TimedOut, text));
+            }
+            Err((_, error)) => return Err(error.into()),
+        }
+        thread::sleep(pause);
+        pause = (pause * 2).min(Duration::from_millis(20));
+    }
 }
 
 /// Makes the names in a folder durable.

@@ -1,6 +1,7 @@
 //! Many copies and many processes on one spool: each copy once, nobody waits for another, and
 //! memory does not grow with what waits.
 
+use std::fs;
 use std::net::TcpListener;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
@@ -9,6 +10,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
+
+use nix::fcntl::{Flock, FlockArg};
 
 use crate::common::*;
 use crate::*;
@@ -177,6 +180,42 @@ fn two_daemons_take_mail_into_one_spool() {
     for dup in &dups {
         assert_eq!(dup.log_lines(" error: "), [""; 0]);
     }
+    folder.assert_clean();
+}
+
+/// A process that was stopped (SIGSTOP, a debugger, a container that is frozen) while it had
+/// `failed/` or `hold/` to itself.
+#[test]
+fn who_is_stopped_keeps_nobody_waiting_for_ever() {
+    let folder = Folder::new();
+    let primary = Sink::start();
+    let refuses = Sink::replying(|event| match event {
+        Event::Mail(_) => Action::reply("550 5.7.1 not from you"),
+        _ => Action::Default,
+    });
+    let (down, up) = (Sink::refusing(SinkOptions::default()), Sink::start());
+    let dup = folder.start(&primary, &[&refuses, &down, &up]);
+    let lock = |name| {
+        let folder = fs::File::open(folder.path().join(name)).unwrap();
+        Flock::lock(folder, FlockArg::LockExclusive).unwrap()
+    };
+    let stopped = [lock("failed"), lock("hold")];
+    let mut client = Client::ready(dup.addr());
+    send(&mut client, 1);
+    send(&mut client, 2);
+    assert_eq!(bodies(&up.wait(2)), expected(2));
+    let kept = "another process has kept its lock";
+    let line =
+        dup.wait_log(&format!("failed/ in the spool: {}/failed: {kept}", folder.path().display()));
+    assert!(line.contains("status=deferred"), "{line}");
+    dup.wait_log(&format!("/spool/hold: {kept}"));
+    drop(stopped);
+    down.reopen();
+    folder.wait_empty();
+    assert_eq!(folder.files("failed").iter().filter(|file| file.contains(".to.")).count(), 2);
+    assert_eq!(bodies(&down.messages()), expected(2));
+    drop(client);
+    end(&dup);
     folder.assert_clean();
 }
 
