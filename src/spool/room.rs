@@ -5,7 +5,9 @@
 
 use std::fs;
 use std::io;
-use std::sync::{Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::Builder;
 use std::time::{Duration, Instant};
 
 use nix::sys::statvfs::statvfs;
@@ -15,22 +17,36 @@ use super::{MAIL, Spool};
 /// Free space that is left to others, in octets.
 const RESERVE: u64 = 64 * 1024 * 1024;
 
-/// The messages are counted again after this time, for other processes come and go …
+/// The messages are counted again after this time, for other processes come and go. That may take
+/// seconds, and nobody waits for it …
 const RECOUNT: Duration = Duration::from_secs(60);
 
-/// … or after this, when there seems to be no room: they may have gone.
+/// … but for one not older than this, when there seems to be no room: they may have gone.
 const RECOUNT_FULL: Duration = Duration::from_secs(5);
 
-/// What the messages took when they were last counted, and what has come since.
+/// What the messages take.
 #[derive(Debug, Default)]
-pub(super) struct Used(Mutex<Option<(Instant, u64)>>);
+pub(super) struct Used {
+    /// When they were last counted, what they took, and what has come since.
+    last: Mutex<Option<(Instant, u64)>>,
+    /// Whoever counts has this.
+    counting: Mutex<()>,
+    /// A thread counts, or is about to.
+    has_thread: AtomicBool,
+}
+
+impl Used {
+    fn last(&self) -> MutexGuard<'_, Option<(Instant, u64)>> {
+        self.last.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
 
 impl Spool {
     /// There is room for one more message, as far as can be said before it has come.
     ///
     /// # Errors
     /// `StorageFull` with the limit that says no; those of counting.
-    pub(super) fn has_room(&self) -> io::Result<()> {
+    pub(super) fn has_room(self: &Arc<Self>) -> io::Result<()> {
         let full = |text| Err(io::Error::new(io::ErrorKind::StorageFull, text));
         let system = statvfs(&self.tmp())?;
         let free = system.blocks_available().saturating_mul(system.fragment_size());
@@ -38,7 +54,7 @@ impl Spool {
             return full(format!("{free} octets are free there, and {RESERVE} are left to others"));
         }
         let most = self.settings.max_bytes;
-        if most > 0 && self.used(RECOUNT)? >= most && self.used(RECOUNT_FULL)? >= most {
+        if most > 0 && self.used()? >= most && self.recount(RECOUNT_FULL)? >= most {
             return full(format!("relay.spool_max_bytes, {most} octets, are in use"));
         }
         Ok(())
@@ -46,23 +62,42 @@ impl Spool {
 
     /// So many octets have been added.
     pub(super) fn has_grown(&self, octets: u64) {
-        let mut used = self.used.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((_, used)) = &mut *used {
+        if let Some((_, used)) = &mut *self.used.last() {
             *used += octets;
         }
     }
 
-    /// What the messages take, by a count that is not older than `age`.
-    fn used(&self, age: Duration) -> io::Result<u64> {
-        let mut used = self.used.0.lock().unwrap_or_else(PoisonError::into_inner);
-        match *used {
-            Some((at, used)) if at.elapsed() < age => Ok(used),
-            _ => {
-                let counted = self.octets()?;
-                *used = Some((Instant::now(), counted));
-                Ok(counted)
+    /// What the messages take, as far as is known; a thread finds out when that is old.
+    fn used(self: &Arc<Self>) -> io::Result<u64> {
+        let Some((at, used)) = *self.used.last() else { return self.recount(RECOUNT) };
+        if at.elapsed() >= RECOUNT && !self.used.has_thread.swap(true, Ordering::Relaxed) {
+            let spool = Arc::clone(self);
+            let count = move || {
+                // What fails here is asked for again by who needs to know.
+                let _ = spool.recount(RECOUNT);
+                spool.used.has_thread.store(false, Ordering::Relaxed);
+            };
+            if Builder::new().name("count".into()).spawn(count).is_err() {
+                self.used.has_thread.store(false, Ordering::Relaxed);
             }
         }
+        Ok(used)
+    }
+
+    /// What the messages take, by a count that is not older than `age`.
+    fn recount(&self, age: Duration) -> io::Result<u64> {
+        let _alone = self.used.counting.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = *self.used.last();
+        if let Some((_, used)) = before.filter(|(at, _)| at.elapsed() < age) {
+            return Ok(used);
+        }
+        let begun = Instant::now();
+        let counted = self.octets()?;
+        let mut last = self.used.last();
+        // What came meanwhile may be in it or not: better twice.
+        let came = last.zip(before).map_or(0, |((_, now), (_, before))| now.saturating_sub(before));
+        *last = Some((begun, counted + came));
+        Ok(counted + came)
     }
 
     fn octets(&self) -> io::Result<u64> {

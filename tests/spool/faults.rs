@@ -8,6 +8,7 @@ use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::ptr;
+use std::time::{Duration, Instant};
 
 use nix::libc;
 
@@ -437,6 +438,39 @@ fn the_limit_of_the_spool() {
         assert_eq!(dup.log_lines("status=lost"), [""; 0]);
         folder.assert_clean();
     }
+}
+
+/// What lies in the spool is counted again each minute, which may take seconds where there is much:
+/// no mail waits for that.
+#[test]
+fn mail_does_not_wait_for_a_count() {
+    if !strace::available() {
+        return;
+    }
+    let folder = Folder::new();
+    let (primary, backup) = (Sink::start(), Sink::start());
+    let yaml = folder.config(&primary, &[&backup], "spool_max_bytes: 1000000");
+    let delay = ["-e", "inject=getdents64:delay_enter=1000000"];
+    let dup = strace::start(&delay, &folder.0.path().join("trace"), &yaml);
+    let mut client = Client::ready(dup.addr());
+    let tasks = format!("/proc/{}/task", dup.pid());
+    let is_counting = || {
+        fs::read_dir(&tasks)
+            .unwrap()
+            .flatten()
+            .any(|task| fs::read(task.path().join("comm")).is_ok_and(|name| name == b"count\n"))
+    };
+    let end = Instant::now() + Duration::from_secs(100);
+    let mut number = 0;
+    while !is_counting() {
+        number += 1;
+        send(&mut client, number);
+        assert!(Instant::now() < end, "nobody counts");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    send(&mut client, number + 1);
+    assert!(is_counting(), "the mail has waited for it");
+    kill(dup);
 }
 
 /// That a backup is down, or has deferred a copy, is written to disk; new mail does not wait for
