@@ -22,7 +22,8 @@ pub use client::{Client, Reply};
 pub use dup::{Dup, Signal, binary, command, config, run};
 pub use forward::Detour;
 pub use peer::{Action, DeadHost, Event, Hook, Received, Sink, SinkOptions};
-use socket::{bound, connect};
+pub use socket::bound;
+use socket::connect;
 
 /// How long any awaited event may take. Nothing that is right takes a second on an idle machine;
 /// the rest is for a loaded one.

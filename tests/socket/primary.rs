@@ -1,7 +1,7 @@
 //! The primary, live: its replies are the client's, and nothing that it does wrong becomes a
 //! reply that loses mail.
 
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpListener};
 use std::process::Command;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, mpsc};
@@ -9,7 +9,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::common::{
-    Action, Client, DeadHost, Dup, Event, Reply, Sink, SinkOptions, config, mail_body,
+    Action, Client, DeadHost, Dup, Event, Reply, Sink, SinkOptions, bound, config, mail_body,
 };
 use crate::{BODY, deliver, dup_with, relay};
 
@@ -974,8 +974,16 @@ fn dup_with_two_addresses(primary: SocketAddr) -> Option<Dup> {
 
 #[test]
 fn all_addresses_of_the_name_are_tried() {
-    for ip in ["127.0.0.1", "::1"] {
-        let primary = Sink::with(SinkOptions { ip: ip.parse().unwrap(), ..SinkOptions::default() });
+    for (ip, other) in [("127.0.0.1", "::1"), ("::1", "127.0.0.1")] {
+        let listens = || Sink::with(SinkOptions { ip: ip.parse().unwrap(), ..Default::default() });
+        // Nobody else may be at the other address with the same port.
+        let (primary, _refuses) = std::iter::repeat_with(listens)
+            .find_map(|primary| {
+                let other = SocketAddr::new(other.parse().unwrap(), primary.addr().port());
+                let is_free = TcpListener::bind(other).is_ok();
+                is_free.then(|| (primary, bound(other)))
+            })
+            .unwrap();
         let Some(dup) = dup_with_two_addresses(primary.addr()) else {
             return eprintln!("skipped: no private mount namespace on this machine");
         };
