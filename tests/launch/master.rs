@@ -37,6 +37,19 @@ impl Hosted {
         Hosted::with(route, Setup { services: Some(&entry), ..Setup::default() })
     }
 
+    /// The usual entry, with these lines for main.cf and the log in `syslog`: for load with reloads
+    /// or processes that are killed. Postfix's own postlogd(8) may then come to hang, or to wait for
+    /// itself, and all of Postfix waits for it.
+    pub fn with_syslog(route: Route, settings: &str, syslog: &Syslog) -> Hosted {
+        let folder = route.folder().display().to_string();
+        let entry =
+            |address| format!("{address} inet n - n - 1 smtp-dup user={USER} directory={folder}");
+        let settings = format!("maillog_file =\n{settings}");
+        let services = Some(&entry as &dyn Fn(_) -> _);
+        let prefix = syslog.prefix();
+        Hosted::with(route, Setup { settings: &settings, services, prefix, ..Setup::default() })
+    }
+
     /// Whatever `setup` says.
     pub fn with(route: Route, setup: Setup) -> Hosted {
         let postfix = Postfix::hosting(Setup { daemon: Some(binary()), ..setup });

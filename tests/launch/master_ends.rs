@@ -6,10 +6,11 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::common::{Client, wait_until};
-use crate::instance::{Setup, available};
+use crate::instance::{Setup, available, can_run};
 use crate::letters::wait_count;
 use crate::master::Hosted;
 use crate::program::kill;
+use crate::syslog::Syslog;
 use crate::{Gate, Route, USER, numbered};
 
 /// Far less than the minute for which master(8) leaves a service alone whose process died early.
@@ -32,11 +33,13 @@ fn hosted(route: Route) -> Hosted {
 #[track_caller]
 pub fn kill_under_load(route: Route, victim: impl Fn((u32, u32)) -> u32) -> (Hosted, usize) {
     const COUNT: usize = 300;
-    let hosted = hosted(route);
+    const KILLS: usize = 3;
+    let syslog = Syslog::start();
+    let hosted = Hosted::with_syslog(route, PERSISTENT, &syslog);
     let primary = &hosted.route.sinks[0];
     thread::scope(|scope| {
         scope.spawn(|| hosted.submit(0..COUNT));
-        for kills in 1..=3 {
+        for kills in 1..=KILLS {
             wait_count(primary, 50 * kills);
             let victim = victim(hosted.parent_and_child());
             assert!(kill("KILL", victim));
@@ -54,14 +57,15 @@ pub fn kill_under_load(route: Route, victim: impl Fn((u32, u32)) -> u32) -> (Hos
     hosted.postfix.drain();
     hosted.stop();
     hosted.route.assert_none_lost(COUNT);
-    assert_eq!(hosted.postfix.log(&["throttling"]), [""; 0]);
-    assert_eq!(hosted.postfix.log(&["status=bounced"]), [""; 0]);
+    assert_eq!(syslog.lines("/smtp-dup pid ").len(), KILLS);
+    assert_eq!(syslog.lines("throttling"), [""; 0]);
+    assert_eq!(syslog.lines("status=bounced"), [""; 0]);
     (hosted, COUNT)
 }
 
 #[test]
 fn the_child_is_killed() {
-    if !available() {
+    if !can_run(&["postfix", "unshare"]) {
         return;
     }
     kill_under_load(Route::start(), |(_, child)| child);
@@ -69,7 +73,7 @@ fn the_child_is_killed() {
 
 #[test]
 fn the_parent_is_killed() {
-    if !available() {
+    if !can_run(&["postfix", "unshare"]) {
         return;
     }
     kill_under_load(Route::start(), |(parent, _)| parent);

@@ -104,7 +104,8 @@ fn a_reload_while_it_starts() {
     if !can_run(&["postfix", "unshare"]) {
         return;
     }
-    let (hosted, syslog) = start_with_syslog();
+    let syslog = Syslog::start();
+    let hosted = Hosted::with_syslog(Route::start(), "", &syslog);
     for step in 0..40 {
         let mut client = Client::connect(hosted.service());
         thread::sleep(Duration::from_micros(250 * step));
@@ -127,7 +128,8 @@ fn sixty_reloads_in_a_second() {
     if !can_run(&["postfix", "unshare"]) {
         return;
     }
-    let (hosted, syslog) = start_with_syslog();
+    let syslog = Syslog::start();
+    let hosted = Hosted::with_syslog(Route::start(), "", &syslog);
     let count = under_load(&hosted, || {
         wait_for_more(&hosted);
         for number in 0..60 {
@@ -139,22 +141,6 @@ fn sixty_reloads_in_a_second() {
     hosted.assert_delivered(count);
     assert_eq!(syslog.lines("status=deferred"), [""; 0]);
     assert_eq!(syslog.lines("throttling"), [""; 0]);
-}
-
-/// For a storm of reloads: Postfix's own postlogd(8), which is reloaded with the others, may come
-/// to wait for itself in one, and all of Postfix for it.
-fn start_with_syslog() -> (Hosted, Syslog) {
-    let (route, syslog) = (Route::start(), Syslog::start());
-    let folder = route.folder().display().to_string();
-    let entry =
-        |address| format!("{address} inet n - n - 1 smtp-dup user={USER} directory={folder}");
-    let setup = Setup {
-        settings: "maillog_file =",
-        services: Some(&entry),
-        prefix: syslog.prefix(),
-        ..Setup::default()
-    };
-    (Hosted::with(route, setup), syslog)
 }
 
 /// The old process has a transaction that takes its time; the new one does not wait for it.

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use crate::common::{Client, Sink};
 use crate::inetd::inetd;
-use crate::instance::available;
+use crate::instance::{available, can_run};
 use crate::letters::{assert_is_letter, by_id, message_id, wait_count};
 use crate::master::Hosted;
 use crate::master_ends::kill_under_load;
@@ -70,7 +70,7 @@ fn assert_copies(sink: &Sink, count: usize, spool: &Path) {
 /// One backup is down all the time, and the other one well.
 #[test]
 fn no_copy_is_lost_with_the_child() {
-    if !available() {
+    if !can_run(&["postfix", "unshare"]) {
         return;
     }
     let route = Route::start();
