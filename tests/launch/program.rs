@@ -74,16 +74,21 @@ impl Program {
     pub fn parent_and_child(&self, launcher: u32) -> (u32, u32) {
         let mut found = None;
         wait_until("a parent and a child", || {
-            let pids = self.pids();
-            let parents = pids.iter().filter(|pid| parent_of(**pid) == Some(launcher));
-            let pairs = parents.flat_map(|parent| {
-                let children = pids.iter().filter(|pid| parent_of(**pid) == Some(*parent));
-                children.map(|child| (*parent, *child))
-            });
-            found = pairs.last();
+            found = self.pair(launcher);
             found.is_some()
         });
         found.unwrap()
+    }
+
+    /// The same, if they are there.
+    pub fn pair(&self, launcher: u32) -> Option<(u32, u32)> {
+        let pids = self.pids();
+        let parents = pids.iter().filter(|pid| parent_of(**pid) == Some(launcher));
+        let pairs = parents.flat_map(|parent| {
+            let children = pids.iter().filter(|pid| parent_of(**pid) == Some(*parent));
+            children.map(|child| (*parent, *child))
+        });
+        pairs.last()
     }
 
     /// Waits until none runs any more.
