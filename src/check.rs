@@ -13,12 +13,12 @@ use crate::relay::destination::Destination;
 use crate::relay::security::Security;
 use crate::shutdown::{Deadline, Grace, Shutdown};
 use crate::smtp::reply::{Class, Reply};
-use crate::spool::Spool;
+use crate::spool::{Settings, Spool};
 
 /// A recipient that nobody has (RFC 2606 §2): who takes mail for it takes mail for anybody.
 const NOBODY: &str = "postmaster@relay-test.invalid";
 
-/// Connects to each destination, opens the spool, and prints what it found. False when the primary
+/// Connects to each destination, tries the spool, and prints what it found. False when the primary
 /// or the spool failed.
 pub fn run(config: &Config) -> bool {
     let primary = probe(config, "primary", &config.primary);
@@ -30,10 +30,8 @@ pub fn run(config: &Config) -> bool {
         probe(config, "backup", backup);
     }
     if let Some(settings) = &config.spool {
-        // As the service will, whose folder it is.
-        let owned = become_owner(&settings.folder).map_err(|error| settings.wrong(&error));
-        match owned.and_then(|()| Spool::open(settings)) {
-            Ok(_) => println!("spool {}: ok", settings.folder.display()),
+        match try_spool(settings) {
+            Ok(()) => println!("spool {}: ok", settings.folder.display()),
             Err(what) => {
                 println!("spool: FAILED: {what}");
                 well = false;
@@ -41,6 +39,14 @@ pub fn run(config: &Config) -> bool {
         }
     }
     well
+}
+
+/// Opens the spool, and sees whether it would take a message.
+fn try_spool(settings: &Settings) -> Result<(), String> {
+    // As the service will, whose folder it is.
+    become_owner(&settings.folder).map_err(|error| settings.wrong(&error))?;
+    let spool = Arc::new(Spool::open(settings)?);
+    spool.has_place().map_err(|error| settings.wrong(&error))
 }
 
 /// A network of strangers: more of the public space than any one owner has.

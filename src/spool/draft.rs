@@ -156,7 +156,7 @@ impl Draft {
 
 impl Spool {
     /// As [`Spool::reserve`], for a name that no message of this hour has.
-    fn reserve_new(&self, id: QueueId) -> io::Result<(PathBuf, Flock<File>)> {
+    pub(super) fn reserve_new(&self, id: QueueId) -> io::Result<(PathBuf, Flock<File>)> {
         let (path, file) = self.reserve(id)?;
         // Looked for behind that: who has the name puts the message in place before leaving it.
         if is_there(&self.mail(Entry::now(id))) {

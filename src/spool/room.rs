@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use nix::sys::statvfs::statvfs;
 
 use super::{MAIL, Spool};
+use crate::message::QueueId;
 
 /// Free space that is left to others, in octets.
 const RESERVE: u64 = 64 * 1024 * 1024;
@@ -51,13 +52,25 @@ impl Spool {
         let system = statvfs(&self.tmp())?;
         let free = system.blocks_available().saturating_mul(system.fragment_size());
         if free < RESERVE {
-            return full(format!("{free} octets are free there, and {RESERVE} are left to others"));
+            return full(format!(
+                "{free} octets are free there, and {RESERVE} are left to others; make room"
+            ));
         }
         let most = self.settings.max_bytes;
         if most > 0 && self.used()? >= most && self.recount(RECOUNT_FULL)? >= most {
-            return full(format!("relay.spool_max_bytes, {most} octets, are in use"));
+            return full(format!("relay.spool_max_bytes, {most} octets, are in use; raise it"));
         }
         Ok(())
+    }
+
+    /// A message that came now would find a place: there is room, and a file can be made.
+    ///
+    /// # Errors
+    /// Those of [`Draft::begin`](super::draft::Draft::begin).
+    pub fn has_place(self: &Arc<Self>) -> io::Result<()> {
+        self.has_room()?;
+        let (path, _file) = self.reserve_new(QueueId::next())?;
+        fs::remove_file(path)
     }
 
     /// So many octets have been added.

@@ -396,6 +396,36 @@ fn a_refusal_that_cannot_be_kept_stays_owed() {
     }
 }
 
+/// What would keep each message out of the spool is found before mail flows.
+#[test]
+fn check_says_that_the_spool_has_no_place() {
+    let folder = Folder::new();
+    let spool = folder.path();
+    if !mount_on(&spool, "size=80m") {
+        return;
+    }
+    let primary = Sink::start();
+    let check = |relay: &str| {
+        let output = run(&["check"], Some(&folder.config(&primary, &[], relay)), &[]);
+        let stdout = String::from_utf8_lossy(&output.stdout).into_owned();
+        let line = stdout.lines().find(|line| line.starts_with("spool")).map(str::to_owned);
+        (output.status.code(), line.expect("a line about the spool"))
+    };
+    let (status, line) = check("");
+    assert!(status == Some(0) && line.ends_with(": ok"), "{line}");
+    folder.assert_clean();
+    fs::write(spool.join("fill"), vec![0; 20 << 20]).unwrap();
+    let (status, line) = check("");
+    assert!(status == Some(1) && line.contains("67108864 are left to others"), "{line}");
+    fs::remove_file(spool.join("fill")).unwrap();
+    fs::write(spool.join("failed/5F3A9C20B1.mail"), vec![0; 2000]).unwrap();
+    let (status, line) = check("spool_max_bytes: 2000");
+    assert!(status == Some(1) && line.contains("relay.spool_max_bytes"), "{line}");
+    mount(&spool, libc::MS_REMOUNT | libc::MS_RDONLY, "size=80m").unwrap();
+    let (status, line) = check("");
+    assert!(status == Some(1) && line.contains("Read-only file system"), "{line}");
+}
+
 /// `relay.spool_max_bytes` is a disk that is full, and room that is made is seen within seconds.
 #[test]
 fn the_limit_of_the_spool() {
