@@ -173,9 +173,10 @@ pub fn flush(
     }
     let is_meant =
         |to: &Destination| order.backup.is_empty() || order.backup.contains(&to.to_string());
+    let names = spool::names(&all);
     let meant: Vec<_> = all.into_iter().filter(is_meant).collect();
     // What a crash of a process for one client has left, nobody else clears up where none stays.
-    spool.sweep(&spool::names(&meant))?;
+    let owed = spool.sweep(&spool::names(&meant))?.owed;
     let failed_for = |to: &Destination| spool.count(Part::Failed, &to.to_string());
     let before: Vec<u64> = meant.iter().map(failed_for).collect::<io::Result<_>>()?;
     let mut well = true;
@@ -196,6 +197,12 @@ pub fn flush(
             }
         }
         well &= left == 0 && failed == 0;
+    }
+    // Who flushed all and heard nothing of these would take the queue for empty.
+    let orphans = owed.iter().filter(|(name, _)| order.backup.is_empty() && !names.contains(name));
+    for (name, left) in orphans {
+        println!("{name}: no destination any more, {} left (retry --to, or drop)", copies(*left));
+        well = false;
     }
     Ok(well)
 }

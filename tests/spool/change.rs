@@ -52,6 +52,33 @@ fn a_backup_that_is_configured_no_more_keeps_its_copies() {
     folder.assert_clean();
 }
 
+/// A flush of all says what it cannot deliver: whoever waits for its status 0 would remove a spool
+/// with copies in it.
+#[test]
+fn a_flush_speaks_of_a_backup_that_is_configured_no_more() {
+    let folder = Folder::new();
+    let primary = Sink::start();
+    let [gone, stays] = [(); 2].map(|()| Sink::refusing(SinkOptions::default()));
+    owed(&folder, &primary, &[&gone, &stays], 2);
+    stays.reopen();
+    let yaml = folder.config(&primary, &[&stays], "");
+    let flush = |words: &[&str]| {
+        let output = run(&[&["flush"], words].concat(), Some(&yaml), &[]);
+        (output.status.code(), String::from_utf8_lossy(&output.stdout).into_owned())
+    };
+    let (status, said) = flush(&[]);
+    let line = format!("{}: no destination any more, 2 copies left", gone.addr());
+    assert!(status == Some(1) && said.contains(&line), "{said}");
+    assert_eq!(stays.attempts().len(), 2);
+    // Nobody asked about it.
+    let (status, said) = flush(&[&stays.addr().to_string()]);
+    assert!(status == Some(0) && !said.contains(&gone.addr().to_string()), "{said}");
+    run(&["drop", "--all", "--backup", &gone.addr().to_string()], Some(&yaml), &[]);
+    let (status, said) = flush(&[]);
+    assert!(status == Some(0) && !said.contains(&gone.addr().to_string()), "{said}");
+    folder.assert_clean();
+}
+
 /// With no backup left at all the spool is still looked after.
 #[test]
 fn the_last_backup_is_configured_no_more() {
