@@ -13,7 +13,7 @@ mod setting;
 
 use std::fmt;
 use std::fs::File;
-use std::io::Read;
+use std::io::{ErrorKind, Read};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -229,7 +229,11 @@ impl Draft {
         let whole = std::path::absolute(file).unwrap_or_else(|_| file.into());
         let name = whole.display();
         let unreadable = |error: std::io::Error| {
-            Mistake(format!("{name}: {error}; give a file that can be read with --config FILE"))
+            let remedy = match error.kind() {
+                ErrorKind::PermissionDenied => "let the user that smtp-dup runs as read it",
+                _ => "give a file that can be read with --config FILE",
+            };
+            Mistake(format!("{name}: {error}; {remedy}"))
         };
         let mut open = File::open(file).map_err(unreadable)?;
         is_trusted(&open.metadata().map_err(unreadable)?, self.service)

@@ -124,6 +124,22 @@ fn as_user(program: &Program) -> Command {
     command
 }
 
+/// Another file, or --config, is no remedy where that is the one that is meant.
+#[test]
+fn a_configuration_that_only_root_can_read() {
+    if !can_run(&["setpriv"]) {
+        return;
+    }
+    let (route, program) = (Route::start(), Program::copy());
+    let file = route.config_file();
+    fs::set_permissions(&file, fs::Permissions::from_mode(0o600)).unwrap();
+    let output = as_user(&program).arg("--config").arg(&file).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(2), "{said}");
+    assert!(said.contains("let the user that smtp-dup runs as read it"), "{said}");
+    assert!(!said.contains("--config"), "{said}");
+}
+
 /// A group may write what does not concern root.
 #[test]
 fn a_configuration_of_one_s_own_group() {
