@@ -41,8 +41,9 @@ impl Destination {
         let no_port = || format!("has no port; write {text}:25");
         let (host, port) = match text.strip_prefix('[').and_then(|rest| rest.split_once(']')) {
             Some((host, rest)) => {
-                host.parse::<std::net::Ipv6Addr>()
-                    .map_err(|_| "has no IPv6 address in its brackets".to_string())?;
+                host.parse::<std::net::Ipv6Addr>().map_err(
+                    |_| "has no IPv6 address in its brackets; write a host name without them",
+                )?;
                 (host, rest.strip_prefix(':').ok_or_else(no_port)?)
             }
             None if text.matches(':').count() > 1 => {

@@ -384,7 +384,8 @@ fn a_mistake_is_one_line_with_key_value_and_remedy() {
             primary("\"[2001:db8::1]\""),
             &["relay.destination_primary", "[2001:db8::1]", "[2001:db8::1]:25"],
         ),
-        (primary("\"[nonsense]:25\""), &["relay.destination_primary", "[nonsense]:25"]),
+        // As Postfix writes it, who looks up no MX then.
+        (primary("\"[mx.example.com]:25\""), &["[mx.example.com]:25", "a host name without them"]),
         (primary("\"a b:25\""), &["relay.destination_primary", "a b:25"]),
         (primary("\"a\\nb:25\""), &["relay.destination_primary", "host:port"]),
         (primary("25"), &["relay.destination_primary", "25", "host:port"]),
