@@ -84,14 +84,15 @@ thread_local! {
     static LAST_PANIC: RefCell<String> = RefCell::default();
 }
 
-/// Logs from now on to `place`, what is at `level` or above unless RUST_LOG says otherwise. Panics
+/// Logs from now on to each of `places`, what is at `level` or above unless RUST_LOG says otherwise. Panics
 /// are logged as well, with where they happened.
-pub fn start(place: Place, level: LevelFilter) {
+pub fn start(places: impl IntoIterator<Item = Place>, level: LevelFilter) {
     let environment = env_logger::Env::default().default_filter_or(level.as_str());
     let filter = env_logger::Builder::from_env(environment).build();
     log::set_max_level(filter.filter());
+    let sinks = places.into_iter().map(Sink::open).collect();
     // Fails only if there is a logger already, which then is as good.
-    let _ = log::set_boxed_logger(Box::new(Logger { filter, sink: Sink::open(place) }));
+    let _ = log::set_boxed_logger(Box::new(Logger { filter, sinks }));
     panic::set_hook(Box::new(log_panic));
 }
 
@@ -111,7 +112,7 @@ pub fn last_panic() -> String {
 
 struct Logger {
     filter: env_logger::Logger,
-    sink: Sink,
+    sinks: Vec<Sink>,
 }
 
 impl Log for Logger {
@@ -121,13 +122,16 @@ impl Log for Logger {
 
     fn log(&self, record: &Record) {
         if self.filter.matches(record) {
-            self.sink.write(record.level(), &record.args().to_string());
+            let text = record.args().to_string();
+            self.sinks.iter().for_each(|sink| sink.write(record.level(), &text));
         }
     }
 
     fn flush(&self) {
-        if let Sink::Datagrams(datagrams) = &self.sink {
-            datagrams.flush();
+        for sink in &self.sinks {
+            if let Sink::Datagrams(datagrams) = sink {
+                datagrams.flush();
+            }
         }
     }
 }

@@ -280,6 +280,17 @@ pub fn copy_failed(id: QueueId, backup: &Destination, why: &str) {
     );
 }
 
+/// Somebody has a copy sent again, perhaps to another backup, and under another name.
+pub fn copy_retried(id: QueueId, backup: &str, to: &str, new: QueueId) {
+    let name = if new == id { String::new() } else { format!(", as {new}") };
+    info!("{id}: relay={backup} role=backup status=deferred (smtp-dup retry: for {to}{name})");
+}
+
+/// Somebody has given a copy up.
+pub fn copy_dropped(id: QueueId, backup: &str) {
+    info!("{id}: relay={backup} role=backup status=dropped (smtp-dup drop)");
+}
+
 /// A process for one client does not try a copy: the spool has it for others.
 pub fn copy_kept(id: QueueId, backup: &Destination, why: &str) {
     info!(

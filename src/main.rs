@@ -71,7 +71,7 @@ fn by_hand(words: &[String]) -> ExitCode {
     let loaded = arguments.and_then(|arguments| load(&arguments, &launch));
     match loaded {
         Ok((config, warnings, user)) => {
-            open_log(&config, launch.log);
+            open_log(&config, [launch.log]);
             warn(&warnings);
             serve(&config, launch.clients, user.as_ref())
         }
@@ -106,8 +106,22 @@ fn environment() -> impl Iterator<Item = (String, String)> {
     std::env::vars_os().map(move |(name, value)| (text(name), text(value)))
 }
 
-fn open_log(config: &Config, auto: Place) {
-    logger::start(config.log_target.place(auto), config.log_level);
+fn open_log(config: &Config, auto: impl IntoIterator<Item = Place>) {
+    let place = |auto| config.log_target.place(auto);
+    let mut places: Vec<Place> = auto.into_iter().map(place).collect();
+    places.dedup();
+    logger::start(places, config.log_level);
+}
+
+/// Where a command logs that people give. What becomes of a copy by it must be in the log that has
+/// the rest about its message, and not on a terminal alone.
+fn heard(command: Option<&Command>) -> Vec<Place> {
+    match command {
+        Some(Command::Flush(_)) if !logger::is_journal() => vec![Place::Stderr, Place::syslog()],
+        // They print a line for each copy themselves.
+        Some(Command::Retry(_) | Command::Drop(_)) => vec![Place::syslog()],
+        _ => vec![Place::Stderr],
+    }
 }
 
 fn warn(warnings: &[String]) {
@@ -121,7 +135,7 @@ fn command(arguments: &Arguments) -> ExitCode {
     let trusted = if is_check { Ok(()) } else { trust(arguments) };
     let (config, user) = match trusted.and_then(|()| load(arguments, &Launch::ALONE)) {
         Ok((config, warnings, user)) => {
-            open_log(&config, Place::Stderr);
+            open_log(&config, heard(arguments.command.as_ref()));
             warn(&warnings);
             (config, user)
         }
@@ -293,7 +307,7 @@ fn prepare(master: Master) -> Result<(Master, Ready), String> {
         spool.folder =
             inside(root, &spool.folder).map_err(|what| format!("relay.spool: {what}"))?;
     }
-    open_log(&config, master::log_place(root));
+    open_log(&config, [master::log_place(root)]);
     confine(Some(&user), root)?;
     if config.has_names() {
         let own = addresses(&master.listeners);

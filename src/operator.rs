@@ -14,6 +14,7 @@ use serde_json::json;
 use crate::cli::{Drop, Flush, Queue, Retry};
 use crate::config::Config;
 use crate::launch::signals::Signals;
+use crate::maillog;
 use crate::message::QueueId;
 use crate::relay::destination::Destination;
 use crate::server;
@@ -255,6 +256,7 @@ pub fn retry(config: &Config, spool: &Arc<Spool>, order: &Retry) -> io::Result<b
         Ok(match spool.retry(item, order.to.as_deref())? {
             Done::Yes(id) => {
                 let backup = order.to.as_ref().unwrap_or(&item.backup);
+                maillog::copy_retried(item.entry.id, &item.backup, backup, id);
                 let name = if id == item.entry.id { String::new() } else { format!(", as {id}") };
                 format!("is due now for {backup}{name}")
             }
@@ -278,7 +280,10 @@ pub fn drop(spool: &Arc<Spool>, order: &Drop) -> io::Result<bool> {
     };
     each(spool, &ids, is_meant, |item| {
         Ok(match spool.drop_item(item)? {
-            Done::Yes(_) => format!("dropped the copy for {}", item.backup),
+            Done::Yes(id) => {
+                maillog::copy_dropped(id, &item.backup);
+                format!("dropped the copy for {}", item.backup)
+            }
             other => unchanged(other).into(),
         })
     })

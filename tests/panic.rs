@@ -67,7 +67,7 @@ fn a_panic_is_a_421_and_a_line_with_its_place() {
     let log: &'static Defective = Box::leak(Box::default());
     log::set_logger(log).unwrap();
     // There is a logger already, so this brings the hook for panics alone.
-    logger::start(Place::Stderr, LevelFilter::Debug);
+    logger::start([Place::Stderr], LevelFilter::Debug);
 
     let primary = Sink::replying(|event| match event {
         Event::Rcpt(line) if line.contains("defect@") => Action::reply("550 5.1.1 unknown"),

@@ -83,7 +83,7 @@ impl Launch {
         match self.log {
             Place::Stderr if !logger::is_journal() => eprintln!("smtp-dup: {why}"),
             place => {
-                logger::start(place, log::LevelFilter::Info);
+                logger::start([place], log::LevelFilter::Info);
                 maillog::fatal(why);
             }
         }

@@ -131,3 +131,45 @@ fn stderr_is_not_the_client() {
         service.program.wait_gone(Duration::from_secs(20));
     });
 }
+
+/// What somebody does to a copy by hand is in the log where the rest about its message is.
+#[test]
+fn the_commands_for_the_spool_leave_their_lines_in_syslog() {
+    if !can_run(&["unshare"]) {
+        return;
+    }
+    let (route, program, syslog) = (Route::start(), Program::copy(), Syslog::start());
+    let [_, one, other] = &route.sinks;
+    let relay = format!("spool: \"{}\"", route.folder().join("spool").display());
+    route.configure("", &relay);
+    let give = |words: &[&str]| {
+        let mut command = syslog.command(program.path().to_str().unwrap());
+        let output = command.arg("--config").arg(route.config_file()).args(words).output().unwrap();
+        String::from_utf8_lossy(&output.stderr).into_owned()
+    };
+    one.close();
+    other.close();
+    let mut command = syslog.command(program.path().to_str().unwrap());
+    let mut launched = Launcher::start(command.arg("--config").arg(route.config_file()));
+    let line = launched.wait_log("starting smtp-dup ");
+    let address = line.split("listen=").nth(1).unwrap().split(' ').next().unwrap();
+    deliver(address.parse().unwrap(), 0);
+    let line = launched.wait_log("role=primary");
+    let id = line.split([' ', ':']).find(|word| word.len() == 10 && !word.contains('-')).unwrap();
+    assert!(kill("TERM", launched.pid()));
+    assert!(launched.wait_exit(Duration::from_secs(20)).success());
+
+    let (from, to) = (other.addr().to_string(), one.addr().to_string());
+    assert_eq!(give(&["drop", "--backup", &to, id]), "");
+    syslog.wait(&format!("]: {id}: relay={to} role=backup status=dropped"));
+    assert_eq!(give(&["retry", "--backup", &from, "--to", &to, id]), "");
+    let start =
+        format!("{id}: relay={from} role=backup status=deferred (smtp-dup retry: for {to}, as ");
+    let line = syslog.wait(&start);
+    let new = line.split(&start).nth(1).unwrap().trim_end_matches(')').to_owned();
+    one.reopen();
+    // Whoever flushes sees it, too.
+    let sent = format!("{new}: relay={to} role=backup delay=");
+    assert!(give(&["flush"]).contains(&sent));
+    syslog.wait(&sent);
+}
