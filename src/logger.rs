@@ -84,8 +84,8 @@ thread_local! {
     static LAST_PANIC: RefCell<String> = RefCell::default();
 }
 
-/// Logs from now on to each of `places`, what is at `level` or above unless RUST_LOG says otherwise. Panics
-/// are logged as well, with where they happened.
+/// Logs from now on to each of `places`, what is at `level` or above unless RUST_LOG says otherwise.
+/// Panics are logged as well, with where they happened.
 pub fn start(places: impl IntoIterator<Item = Place>, level: LevelFilter) {
     let environment = env_logger::Env::default().default_filter_or(level.as_str());
     let filter = env_logger::Builder::from_env(environment).build();
