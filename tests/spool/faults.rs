@@ -609,3 +609,37 @@ fn a_state_that_is_being_written_is_not_swept_away() {
     let copy = folder.files("queue").into_iter().find(|file| file.contains(".to.")).unwrap();
     assert!(folder.text(&format!("queue/{copy}")).contains("owed 1\n"), "all are owed again");
 }
+
+/// Who has a copy does not get it again because it cannot be written down that others still wait
+/// for theirs.
+#[test]
+fn a_deferral_that_cannot_be_kept_sends_no_copy_twice() {
+    for code in ["450 4.2.0 later", "550 5.1.1 no"] {
+        let folder = Folder::new();
+        let (place, away) = (folder.path().join("tmp"), folder.path().join("away"));
+        let (from, to) = (place.clone(), away.clone());
+        let primary = Sink::start();
+        let backup = Sink::replying(move |event| match event {
+            Event::Mail(_) => {
+                let _ = fs::rename(&from, &to);
+                Action::Default
+            }
+            Event::Rcpt(line) if line.contains("<no@") => Action::reply(code),
+            _ => Action::Default,
+        });
+        let dup = folder.start(&primary, &[&backup]);
+        let mut client = Client::ready(dup.addr());
+        let reply = client.message(FROM, &["no@example.com", TO], &numbered(1));
+        assert_eq!(reply.code, 250, "{reply:?}");
+        dup.wait_logs("status=deferred", 3);
+        fs::rename(&away, &place).unwrap();
+        backup.set_reply(|_| Action::Default);
+        folder.wait_empty();
+        drop(client);
+        end(&dup);
+        let got: Vec<_> = backup.messages();
+        let got: Vec<_> = got.iter().map(recipients).collect();
+        assert_eq!(got, [[TO], ["no@example.com"]], "{code}\n{}", dup.log());
+        folder.assert_clean();
+    }
+}

@@ -1,13 +1,14 @@
 //! What a backup is owed, and what its agents are about: all that its mutex guards.
 
-use std::collections::{BTreeMap, HashSet, VecDeque};
-use std::time::{Duration, Instant};
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::time::{Duration, Instant, SystemTime};
 
 use crossbeam_channel::Sender;
 
 use crate::message::QueueId;
 use crate::relay::copy::Copy;
 use crate::spool::Entry;
+use crate::spool::claim::Owed;
 use crate::spool::reader::Reader;
 
 /// A copy to be tried.
@@ -48,8 +49,8 @@ pub(super) struct State {
     pub(super) deferred: BTreeMap<(Instant, u64), Copy>,
     /// Names the entries of `deferred` apart.
     pub(super) serial: u64,
-    /// Delivered, though the spool could not be told.
-    pub(super) delivered: HashSet<QueueId>,
+    /// What has become of copies, where the spool could not be told.
+    pub(super) untold: HashMap<QueueId, Untold>,
     /// Being sent at this moment; true for those of the spool.
     pub(super) in_flight: Vec<(QueueId, bool)>,
     pub(super) hold: Option<Hold>,
@@ -74,6 +75,16 @@ pub(super) struct State {
     pub(super) alive: Option<Sender<()>>,
 }
 
+/// What is owed of a copy, where its file could not be brought to say so.
+pub(super) struct Untold {
+    /// What the file says instead. Once it says something else, somebody has been there since, and
+    /// that counts.
+    pub(super) attempts: u32,
+    pub(super) since: Option<SystemTime>,
+    /// No places when nothing is.
+    pub(super) owed: Owed,
+}
+
 /// The backup as a whole is not tried before `until`.
 pub(super) struct Hold {
     pub(super) until: Instant,
@@ -90,7 +101,7 @@ impl State {
             is_reading: false,
             deferred: BTreeMap::new(),
             serial: 0,
-            delivered: HashSet::new(),
+            untold: HashMap::new(),
             in_flight: Vec::new(),
             hold: None,
             has_answered: false,

@@ -9,18 +9,21 @@ use std::io::{self, ErrorKind};
 use std::sync::{Arc, MutexGuard};
 use std::time::{Duration, Instant, SystemTime};
 
-use super::state::State;
+use super::state::{State, Untold};
 use super::{Backup, Job, LOOK_AGAIN};
 use crate::maillog;
-use crate::message::Message;
+use crate::message::{Message, QueueId};
 use crate::relay::connection::Failure;
 use crate::relay::copy::Copy;
 use crate::smtp::reply::Reply;
-use crate::spool::claim::{Claimed, Owed, wait_for};
+use crate::spool::claim::{Claim, Claimed, Owed, wait_for};
 use crate::spool::reader::Found;
 
 /// So many copies are read from the spool at once.
 const SLICE: usize = 100;
+
+/// Of so many copies it is remembered what the spool could not be told.
+const MOST_UNTOLD: usize = 100_000;
 
 /// How long a process that does not stay holds a backup for the others: until somebody comes by,
 /// from cron or by a timer.
@@ -99,7 +102,7 @@ impl Backup {
         let (Some(spool), Some(entry)) = (&self.plan.spool, entry) else {
             return Ok(if let Job::Held(copy) = job { Some(copy) } else { None });
         };
-        let claim = match spool.claim(entry, &self.name)? {
+        let mut claim = match spool.claim(entry, &self.name)? {
             Claimed::Yes(claim) => claim,
             Claimed::Gone => return Ok(None),
             Claimed::Busy => {
@@ -107,11 +110,14 @@ impl Backup {
                 return Ok(None);
             }
         };
-        if self.state().delivered.contains(&entry.id) {
-            let backups = spool.load(entry)?.backups;
-            claim.delivered(&backups)?;
-            self.state().delivered.remove(&entry.id);
-            return Ok(None);
+        if let Some(owed) = self.untold(entry.id, &claim.owed) {
+            if owed.places.as_ref().is_some_and(Vec::is_empty) {
+                let backups = spool.load(entry)?.backups;
+                claim.delivered(&backups)?;
+                self.state().untold.remove(&entry.id);
+                return Ok(None);
+            }
+            claim.owed = owed;
         }
         let pause = claim.owed.next.filter(|_| !due_or_not).map(wait_for).unwrap_or_default();
         if !pause.is_zero() {
@@ -176,7 +182,9 @@ impl Backup {
                 ..Owed::default()
             };
             // Not while the state is locked, for new mail would wait for the disk.
-            self.complain(claim.put_off(&owed));
+            let told = claim.put_off(&owed);
+            // A reply may be long.
+            self.remember(&copy, claim, told, Owed { reply: String::new(), ..owed });
         }
         let mut state = self.state();
         state.landed(copy.message.id);
@@ -217,17 +225,42 @@ impl Backup {
         }
     }
 
-    /// Nothing is owed of a copy any more. One that cannot be removed is remembered: the backup
-    /// must not get it again and again.
+    /// Nothing is owed of a copy any more.
     pub(super) fn remove_stored(&self, copy: &Copy) {
-        if let (Some(claim), Some(place)) = (&copy.claim, &copy.message.place)
-            && let Err(error) = claim.delivered(&place.backups)
-        {
-            maillog::spool_unreadable(&self.destination, &error);
-            let mut state = self.state();
-            state.delivered.insert(copy.message.id);
-            state.wants_pass(Instant::now() + LOOK_AGAIN);
+        if let (Some(claim), Some(place)) = (&copy.claim, &copy.message.place) {
+            let told = claim.delivered(&place.backups);
+            let fails = told.is_err();
+            self.remember(copy, claim, told, Owed { places: Some(Vec::new()), ..Owed::default() });
+            if fails {
+                self.state().wants_pass(Instant::now() + LOOK_AGAIN);
+            }
         }
+    }
+
+    /// What is `owed` of a copy from now on, if the spool could not be told: who has it must not get
+    /// it again and again.
+    fn remember(&self, copy: &Copy, claim: &Claim, told: io::Result<()>, owed: Owed) {
+        let is_told = told.is_ok();
+        self.complain(told);
+        let mut state = self.state();
+        let before = state.untold.remove(&copy.message.id);
+        if !is_told && state.untold.len() < MOST_UNTOLD {
+            // What the claim was given then is not what the file says.
+            let attempts = before.map_or(claim.owed.attempts, |before| before.attempts);
+            let untold = Untold { attempts, since: claim.owed.since, owed };
+            state.untold.insert(copy.message.id, untold);
+        }
+    }
+
+    /// What is owed of a copy instead of what its file says.
+    fn untold(&self, id: QueueId, file: &Owed) -> Option<Owed> {
+        let mut state = self.state();
+        let untold = state.untold.get(&id)?;
+        if (untold.attempts, untold.since) != (file.attempts, file.since) {
+            state.untold.remove(&id);
+            return None;
+        }
+        Some(Owed { since: file.since, ..untold.owed.clone() })
     }
 
     /// Gives up what has waited for too long while the backup is down, for nobody tries it then.
