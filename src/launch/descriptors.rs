@@ -13,6 +13,13 @@ const OTHERS: u64 = 32;
 /// Each client, its connection to the primary, and another client that waits.
 const EACH: u64 = 3;
 
+/// Each client's message in the spool: its file, a second time while that is put in place, and the
+/// folder that is synced then.
+const EACH_SPOOLED: u64 = 3;
+
+/// Each copy that is tried from the spool: its state, its message, and its state to be.
+const EACH_COPY: u64 = 3;
+
 /// The limit does not do for all connections that the configuration allows.
 pub struct Shortage {
     /// What all of them may need.
@@ -31,10 +38,14 @@ pub struct Shortage {
 pub fn for_copies(config: &Config) -> Result<u64, Shortage> {
     let limit = raised();
     let agents = (config.backup_connections * config.backups.len()) as u64;
-    let others = agents + OTHERS;
-    let needed = config.max_connections as u64 * EACH + others;
+    let (each, each_agent) = match config.spool {
+        Some(_) => (EACH + EACH_SPOOLED, 1 + EACH_COPY),
+        None => (EACH, 1),
+    };
+    let others = agents * each_agent + OTHERS;
+    let needed = config.max_connections as u64 * each + others;
     limit.checked_sub(needed).ok_or_else(|| {
-        let clients = (limit.saturating_sub(others) / EACH).max(1) as usize;
+        let clients = (limit.saturating_sub(others) / each).max(1) as usize;
         Shortage { needed, limit, clients }
     })
 }

@@ -6,6 +6,7 @@ use std::ffi::{CStr, CString};
 use std::fs;
 use std::io;
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::ptr;
 use std::time::{Duration, Instant};
@@ -128,6 +129,43 @@ fn out_of_descriptors() {
     // the highest that is open may be free: none of them may be used either.
     let small = [numbered(1), numbered(2)];
     withstands_with(&folder, small, |dup| limit(dup, Some(3)), |dup| limit(dup, None));
+}
+
+/// Where descriptors are few, as many clients are let in as have one for their place in the spool,
+/// beside those that wait.
+#[test]
+fn few_descriptors_are_for_places_in_the_spool_too() {
+    let folder = Folder::new();
+    let primary = Sink::start();
+    let backup = Sink::start();
+    let limit = || {
+        let most = libc::rlimit { rlim_cur: 200, rlim_max: 200 };
+        // SAFETY: `most` is ours.
+        match unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &most) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    };
+    let yaml = folder.config(&primary, &[&backup], "spool_required: true");
+    let poor = |command: &mut std::process::Command| {
+        // SAFETY: between fork and exec there is only this one system call.
+        unsafe { command.pre_exec(limit) };
+    };
+    let dup = Dup::start_with(poor, &yaml);
+    let line = dup.wait_log("clients at a time");
+    let words: Vec<&str> = line.split_whitespace().collect();
+    let at = words.iter().position(|word| *word == "serving").unwrap();
+    let most: usize = words[at + 1].parse().unwrap();
+    let mut clients: Vec<Client> = (0..most).map(|_| Client::ready(dup.addr())).collect();
+    for client in &mut clients {
+        client.envelope(FROM, &[TO]);
+    }
+    let _waiting: Vec<Client> = (0..most).map(|_| Client::connect(dup.addr())).collect();
+    let replies: Vec<u16> =
+        clients.iter_mut().map(|client| client.body(&numbered(1)).code).collect();
+    assert_eq!(replies, vec![250; most], "{}", dup.log());
+    backup.wait(most);
+    assert_eq!(dup.log_lines(COMPLAINT), [""; 0]);
 }
 
 /// A tmpfs of this thread's own on `folder`, which the programs that it starts see too. False
