@@ -129,10 +129,7 @@ pub fn run(
                 let wakers = Wakers { signals, bell, tie };
                 if let Some(spool) = &store.spool {
                     agents.resume();
-                    let thread = Builder::new().name("sweep".into());
-                    if let Err(error) = thread.spawn_scoped(outer, || sweep(spool, config)) {
-                        maillog::sweep_failed(&error);
-                    }
+                    start_sweep(spool, config);
                 }
                 thread::scope(|inner| workers.accept(inner, listeners, wakers));
             }
@@ -200,13 +197,23 @@ pub struct Store {
     pub spool: Option<Arc<Spool>>,
 }
 
+/// Sweeps the spool on a thread of its own, for which nobody waits: it reads all that lies there,
+/// on whatever disk, and may end anywhere.
+fn start_sweep(spool: &Arc<Spool>, config: &Config) {
+    let (spool, backups) = (Arc::clone(spool), spool::names(&config.backups));
+    let primary = config.primary.to_string();
+    let thread = Builder::new().name("sweep".into());
+    if let Err(error) = thread.spawn(move || sweep(&spool, &backups, &primary)) {
+        maillog::sweep_failed(&error);
+    }
+}
+
 /// Clears up what a crash has left, and says what is owed since before.
-fn sweep(spool: &Spool, config: &Config) {
-    let names = spool::names(&config.backups);
-    match spool.sweep(&names) {
+fn sweep(spool: &Spool, backups: &[String], primary: &str) {
+    match spool.sweep(backups) {
         Ok(census) => {
             for (backup, copies) in &census.owed {
-                let is_known = names.contains(backup) || *backup == config.primary.to_string();
+                let is_known = backups.contains(backup) || backup == primary;
                 let say = if is_known { maillog::spool_has } else { maillog::spool_orphans };
                 say(backup, *copies);
             }

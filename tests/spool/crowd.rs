@@ -481,3 +481,25 @@ pub fn wait_until_ended(child: &mut std::process::Child) -> std::process::ExitSt
         thread::sleep(Duration::from_millis(10));
     }
 }
+
+/// A spool takes its time to be looked through: a big one on a slow disk, or one where somebody
+/// else is. Who ends the program does not wait for that.
+#[test]
+fn the_end_does_not_wait_for_the_sweep() {
+    let folder = Folder::new();
+    let (primary, backup) = (Sink::start(), Sink::start());
+    let yaml = folder.config(&primary, &[&backup], "timeout_seconds: 1");
+    end(&Dup::start(&yaml));
+    let failed = fs::File::open(folder.path().join("failed")).unwrap();
+    let lock = Flock::lock(failed, FlockArg::LockExclusive).map_err(|(_, error)| error).unwrap();
+    let dup = Dup::start(&yaml);
+    let mut client = Client::ready(dup.addr());
+    send(&mut client, 1);
+    drop(client);
+    backup.wait(1);
+    dup.signal(Signal::Term);
+    // The sweep waits for ten seconds.
+    assert!(dup.wait_exit(Duration::from_secs(6)).success(), "{}", dup.log());
+    assert_eq!(dup.log_lines("looked through"), [""; 0]);
+    drop(lock);
+}
