@@ -3,7 +3,7 @@
 //! `queue` (the commands) calls this beside running daemons. Everything that changes a copy claims
 //! it first.
 
-use std::fs::{self, File, ReadDir};
+use std::fs::{self, File};
 use std::io::{self, Read};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -12,6 +12,7 @@ use std::time::SystemTime;
 use nix::fcntl::Flock;
 
 use super::claim::{Claimed, Mail, Owed, open, read_mail, write_state};
+use super::reader::files_of;
 use super::{Entry, MAIL, Spool, TO, ignore_missing, is_there, sync_folder};
 use crate::message::QueueId;
 
@@ -236,12 +237,8 @@ fn union(one: Option<Vec<usize>>, other: Option<Vec<usize>>) -> Option<Vec<usize
 }
 
 fn in_folder(part: Part, hour: u32, path: PathBuf) -> Box<dyn Iterator<Item = io::Result<Item>>> {
-    let files: ReadDir = match fs::read_dir(&path) {
-        Ok(files) => files,
-        // An hour whose messages have all gone was removed.
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            return Box::new(std::iter::empty());
-        }
+    let files = match files_of(&path) {
+        Ok(files) => files.into_iter().flatten(),
         Err(error) => return Box::new(std::iter::once(Err(error))),
     };
     Box::new(files.filter_map(move |file| {

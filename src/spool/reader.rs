@@ -6,10 +6,11 @@
 use std::collections::VecDeque;
 use std::fs::{self, ReadDir};
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use super::draft::hour_of;
+use super::sweep::remove_hour;
 use super::{Entry, Spool, TO};
 use crate::message::QueueId;
 
@@ -19,7 +20,16 @@ pub struct Reader {
     end: String,
     /// Hours that are still to be read.
     hours: VecDeque<(u32, PathBuf)>,
-    open: Option<(u32, ReadDir)>,
+    open: Option<Hour>,
+}
+
+/// An hour that is being read.
+#[derive(Debug)]
+struct Hour {
+    number: u32,
+    path: PathBuf,
+    files: ReadDir,
+    is_empty: bool,
 }
 
 /// A copy that was found.
@@ -77,6 +87,14 @@ impl Spool {
     }
 }
 
+/// What is in the folder of an hour; `None` for one that was removed, for all of it has gone.
+pub(super) fn files_of(hour: &Path) -> io::Result<Option<ReadDir>> {
+    match fs::read_dir(hour) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        files => files.map(Some),
+    }
+}
+
 impl Reader {
     /// At most `count` more copies. Fewer mean that the pass is over.
     ///
@@ -85,25 +103,21 @@ impl Reader {
     pub fn read(&mut self, count: usize) -> io::Result<Vec<Found>> {
         let mut all = Vec::new();
         while all.len() < count {
-            let Some((hour, folder)) = &mut self.open else {
-                let Some((hour, path)) = self.hours.pop_front() else { break };
-                match fs::read_dir(path) {
-                    Ok(folder) => self.open = Some((hour, folder)),
-                    // An hour whose messages have all gone was removed.
-                    Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                    Err(error) => return Err(error),
-                }
+            let Some(hour) = &mut self.open else {
+                let Some((number, path)) = self.hours.pop_front() else { break };
+                let files = files_of(&path)?;
+                self.open = files.map(|files| Hour { number, path, files, is_empty: true });
                 continue;
             };
-            let hour = *hour;
-            match folder.next() {
+            match hour.files.next() {
                 Some(Ok(file)) => {
+                    hour.is_empty = false;
                     let name = file.file_name();
                     let id = name.to_str().and_then(|name| name.strip_suffix(&self.end));
                     if let Some(id) = id.and_then(QueueId::parse)
                         && let Ok(about) = file.metadata()
                     {
-                        let entry = Entry { hour, id };
+                        let entry = Entry { hour: hour.number, id };
                         // One that is empty was not tried yet, whenever that clock says.
                         let put_off = about.modified().ok().filter(|_| about.len() > 0);
                         let due = put_off.unwrap_or(SystemTime::UNIX_EPOCH);
@@ -114,7 +128,14 @@ impl Reader {
                     self.open = None;
                     return Err(error);
                 }
-                None => self.open = None,
+                None => {
+                    // Else a process that stays would read more and more of them.
+                    if hour.is_empty {
+                        // Another may have removed it.
+                        let _ = remove_hour(&hour.path);
+                    }
+                    self.open = None;
+                }
             }
         }
         Ok(all)

@@ -3,7 +3,6 @@
 //! Two limits: `relay.spool_max_bytes` for the messages that lie here, and a reserve of free disk,
 //! for a full disk stops more than this program. `draft` asks before it begins a message.
 
-use std::fs;
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -12,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::statvfs::statvfs;
 
+use super::reader::files_of;
 use super::{MAIL, Spool};
 use crate::message::QueueId;
 
@@ -117,7 +117,7 @@ impl Spool {
         let hours = self.hours()?.into_iter().map(|(_, folder)| folder);
         let mut sum = 0;
         for folder in hours.chain([self.failed()]) {
-            for file in fs::read_dir(folder)? {
+            for file in files_of(&folder)?.into_iter().flatten() {
                 let file = file?;
                 if file.file_name().to_str().is_some_and(|name| name.ends_with(MAIL)) {
                     // One that goes meanwhile takes nothing.

@@ -8,6 +8,7 @@ use std::path::Path;
 use std::time::{Duration, SystemTime};
 
 use super::claim::{Owed, read_mail, seconds};
+use super::reader::files_of;
 use super::{Entry, MAIL, Spool, TO, ignore_missing, is_there, remove_abandoned};
 use crate::message::QueueId;
 
@@ -32,7 +33,7 @@ impl Spool {
         self.sweep_holds()?;
         let mut census = Census::default();
         for (hour, folder) in self.hours()? {
-            for file in fs::read_dir(&folder)? {
+            for file in files_of(&folder)?.into_iter().flatten() {
                 let name = file?.file_name();
                 let Some(name) = name.to_str() else { continue };
                 if let Some(id) = name.strip_suffix(MAIL).and_then(QueueId::parse) {
@@ -44,7 +45,7 @@ impl Spool {
                     *census.owed.entry(backup.into()).or_default() += 1;
                 }
             }
-            self.remove_hour(&folder)?;
+            ignore_missing(remove_hour(&folder))?;
         }
         self.sweep_failed(backups)?;
         Ok(census)
@@ -124,23 +125,23 @@ impl Spool {
         if is_there(&self.tmp().join(id.to_string())) {
             return Ok(());
         }
-        for file in fs::read_dir(folder)? {
+        for file in files_of(folder)?.into_iter().flatten() {
             if file?.file_name().to_str().is_some_and(|name| name.starts_with(&start)) {
                 return Ok(());
             }
         }
         ignore_missing(fs::remove_file(path))
     }
+}
 
-    /// An hour that is over, when nothing is left of it.
-    fn remove_hour(&self, folder: &Path) -> io::Result<()> {
-        let is_old = fs::metadata(folder)?
-            .modified()
-            .is_ok_and(|at| SystemTime::now().duration_since(at).is_ok_and(|age| age > YOUNG));
-        if is_old {
-            // Fails when something is in it, as it should.
-            let _ = fs::remove_dir(folder);
-        }
-        Ok(())
+/// Removes an hour that is over, when nothing is left of it.
+pub(super) fn remove_hour(folder: &Path) -> io::Result<()> {
+    let is_old = fs::metadata(folder)?
+        .modified()
+        .is_ok_and(|at| SystemTime::now().duration_since(at).is_ok_and(|age| age > YOUNG));
+    if is_old {
+        // Fails when something is in it, as it should.
+        let _ = fs::remove_dir(folder);
     }
+    Ok(())
 }

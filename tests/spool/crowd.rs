@@ -503,3 +503,30 @@ fn the_end_does_not_wait_for_the_sweep() {
     assert_eq!(dup.log_lines("looked through"), [""; 0]);
     drop(lock);
 }
+
+/// An hour is removed when it is over and nothing is left of it: a program that runs for years
+/// would look through more and more of them.
+#[test]
+fn hours_that_are_over_are_removed() {
+    let folder = Folder::new();
+    let (primary, backup) = (Sink::start(), Sink::refusing(SinkOptions::default()));
+    let dup = folder.start(&primary, &[&backup]);
+    dup.wait_log("looked through");
+    let hours = ["2020010100", "2020010101"].map(|hour| folder.path().join("queue").join(hour));
+    for hour in &hours {
+        fs::create_dir(hour).unwrap();
+    }
+    fs::write(hours[1].join("README"), "nothing of ours").unwrap();
+    let long_ago = std::time::SystemTime::now() - Duration::from_secs(3 * 3600);
+    for hour in &hours {
+        fs::File::open(hour).unwrap().set_modified(long_ago).unwrap();
+    }
+    // It looks for what it has put off.
+    send(&mut Client::ready(dup.addr()), 1);
+    dup.wait_log("status=deferred");
+    backup.reopen();
+    backup.wait(1);
+    wait_until("it is removed", || !hours[0].exists());
+    end(&dup);
+    assert!(hours[1].join("README").exists());
+}
