@@ -34,7 +34,7 @@ use crate::relay::backup::{Backup, Plan};
 use crate::relay::destination::Destination;
 use crate::relay::pool::Pool;
 use crate::relay::primary::stopping;
-use crate::shutdown::{Grace, Shutdown};
+use crate::shutdown::{Grace, Shutdown, TICK};
 use crate::smtp::reply::Reply;
 use crate::smtp::session::{Session, Shared};
 use crate::spool::{self, Spool};
@@ -311,8 +311,7 @@ impl Workers<'_, '_, '_> {
         let shared = self.door.shared;
         let (mut pause, mut said) = (None, None::<Instant>);
         let is_relieved = loop {
-            let wake =
-                [self.turn_away_late(), shared.primary.reap(), pause].into_iter().flatten().min();
+            let wake = [self.turn_away_late(), self.reap(), pause].into_iter().flatten().min();
             let watch = |fd| PollFd::new(fd, PollFlags::POLLIN);
             let mut fds = vec![watch(bell.as_fd())];
             fds.extend(tie.iter().map(|tie| watch(tie.as_fd())));
@@ -423,6 +422,15 @@ impl Workers<'_, '_, '_> {
             }
         }
         desk.waiting.front().map(|guest| guest.until)
+    }
+
+    /// Closes idle connections to the primary. Gives the time at which to look again.
+    fn reap(&self) -> Option<Instant> {
+        // In this order: a worker has put its last connection back before it ends.
+        let more_may_come = self.desk().busy > 0;
+        let next = self.door.shared.primary.reap();
+        let soon = more_may_come.then(|| Instant::now() + TICK);
+        soon.into_iter().chain(next).min()
     }
 
     fn desk(&self) -> MutexGuard<'_, Desk> {

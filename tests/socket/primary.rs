@@ -9,7 +9,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::common::{
-    Action, Client, DeadHost, Dup, Event, Reply, Sink, SinkOptions, bound, config, mail_body,
+    Action, BOUND, Client, DeadHost, Dup, Event, Reply, Sink, SinkOptions, bound, config, mail_body,
 };
 use crate::{BODY, deliver, dup_with, relay};
 
@@ -1005,4 +1005,20 @@ fn big_messages_arrive_whole() {
         assert_eq!(client.pipelined("a@example.com", "b@example.com", &body).code, 250);
         assert!(primary.messages().pop().unwrap().data == body, "{size} octets");
     }
+}
+
+/// A connection that nobody has used for half a minute is closed, whether or not anybody comes.
+#[test]
+fn idle_connections_are_closed() {
+    let (primary, dup) = relay();
+    let mut client = Client::ready(dup.addr());
+    deliver(&mut client);
+    client.expect("QUIT", 221);
+    client.closed();
+    let end = Instant::now() + Duration::from_secs(30) + BOUND;
+    while primary.open_connections() > 0 {
+        assert!(Instant::now() < end, "it is still open");
+        thread::sleep(Duration::from_millis(50));
+    }
+    assert_eq!(primary.count("QUIT"), 1);
 }
