@@ -2,7 +2,7 @@
 //!
 //! `server` makes one [`Agents`] for the program's length; workers give it finished messages.
 //! Agents start when there is work, up to `backup_connections` for each backup, keep their
-//! connection between copies, and end after a minute without any.
+//! connection between copies, for a minute without any, and end then if nothing is owed.
 
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -141,7 +141,7 @@ impl<'scope, 'env> Agents<'scope, 'env> {
     /// An agent's life.
     fn work(&self, backup: &'env Backup, _leave: Leave) {
         let mut connection = None;
-        while let Some(job) = backup.next(self.shutdown) {
+        while let Some(job) = backup.next(self.shutdown, &mut connection) {
             if let Some(leave) = backup.recruit() {
                 self.start(backup, leave);
             }

@@ -33,7 +33,7 @@ use crate::shutdown::{Deadline, Shutdown};
 use crate::smtp::reply::Reply;
 use crate::spool::Spool;
 
-/// An agent without work ends after this time.
+/// An agent without work ends after this time, or its connection does.
 const IDLE: Duration = Duration::from_secs(60);
 
 /// The first agent without work looks again after this time before it sleeps until it is woken …
@@ -169,8 +169,8 @@ impl Backup {
     }
 
     /// The next copy for an agent to try. `None` ends the agent: there is nothing to do, or
-    /// another will do it.
-    pub fn next(&self, shutdown: &Shutdown) -> Option<Job> {
+    /// another will do it. One that stays without work for long has no `connection` any more.
+    pub fn next(&self, shutdown: &Shutdown, connection: &mut Option<Connection>) -> Option<Job> {
         let mut state = self.state();
         let idle_until = Instant::now() + IDLE;
         let mut linger = true;
@@ -203,6 +203,9 @@ impl Backup {
             if nothing_comes || held_until.is_some() && state.prober {
                 state.agents -= 1;
                 return None;
+            }
+            if now >= idle_until {
+                *connection = None;
             }
             let idle = usize::from(held_until.is_none());
             let mut left = wake.unwrap_or(idle_until).saturating_duration_since(now);

@@ -198,7 +198,9 @@ impl World {
 
     /// Brings the backup all that it is owed.
     fn copy(&mut self, backup: &Backup, shutdown: &Shutdown) -> Vec<Received> {
-        while let Some(copy) = backup.next(shutdown).and_then(|job| backup.claim(job, true)) {
+        while let Some(copy) =
+            backup.next(shutdown, &mut None).and_then(|job| backup.claim(job, true))
+        {
             let connection = match &mut self.connection {
                 Some(connection) => connection,
                 none => none.insert(backup.connect(shutdown).expect("a backup that is up")),

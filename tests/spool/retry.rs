@@ -490,3 +490,20 @@ fn recipients_that_were_refused_are_sent_to_again_by_hand() {
     folder.assert_clean();
     assert_eq!(folder.files("failed"), [""; 0]);
 }
+
+/// The agent that stays to look into the spool does not keep its connection for that: after hours,
+/// what lies between may have forgotten it without a word.
+#[test]
+fn a_connection_that_nobody_uses_is_closed() {
+    let folder = Folder::new();
+    let (primary, backup) = (Sink::start(), Sink::start());
+    let dup = folder.start(&primary, &[&backup]);
+    send(&mut Client::ready(dup.addr()), 1);
+    backup.wait(1);
+    let end = Instant::now() + Duration::from_secs(60) + BOUND;
+    while backup.open_connections() > 0 {
+        assert!(Instant::now() < end, "it is still open");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    assert_eq!(backup.count("QUIT"), 1);
+}
