@@ -681,3 +681,43 @@ fn a_deferral_that_cannot_be_kept_sends_no_copy_twice() {
         folder.assert_clean();
     }
 }
+
+/// The same for a copy that is given up, which cannot be written down either.
+#[test]
+fn a_copy_that_cannot_be_given_up_is_sent_to_nobody_twice() {
+    let folder = Folder::new();
+    let primary = Sink::start();
+    let (place, away) = (folder.path().join("tmp"), folder.path().join("away"));
+    let (from, to) = (place.clone(), away.clone());
+    let backup = Sink::refusing(SinkOptions::replying(move |event| match event {
+        Event::Mail(_) => {
+            let _ = fs::rename(&from, &to);
+            Action::Default
+        }
+        Event::Rcpt(line) if line.contains("<no@") => Action::reply("450 4.2.0 later"),
+        _ => Action::Default,
+    }));
+    let yaml = folder.config(&primary, &[&backup], "retry_for_seconds: 600");
+    let dup = Dup::start(&yaml);
+    let mut client = Client::ready(dup.addr());
+    assert_eq!(client.message(FROM, &["no@example.com", TO], &numbered(1)).code, 250);
+    kill(dup);
+    let mail = &folder.files("queue")[0];
+    assert!(mail.ends_with(".mail"), "{mail}");
+    let long_ago = std::time::SystemTime::now() - std::time::Duration::from_secs(3600);
+    let mail = fs::File::open(folder.path().join("queue").join(mail)).unwrap();
+    mail.set_modified(long_ago).unwrap();
+    backup.reopen();
+    let dup = Dup::start(&yaml);
+    dup.wait_log("the spool (relay.spool) failed");
+    backup.set_reply(|event| match event {
+        Event::Rcpt(line) if line.contains("<no@") => Action::reply("450 4.2.0 later"),
+        _ => Action::Default,
+    });
+    fs::rename(&away, &place).unwrap();
+    // For this one, which has to wait, it looks into the spool again.
+    let mut client = Client::ready(dup.addr());
+    assert_eq!(client.message(FROM, &["no@example.com"], &numbered(2)).code, 250);
+    dup.wait_log("attempts=3");
+    assert_eq!(bodies(&backup.messages()), [numbered(1)], "{}", dup.log());
+}

@@ -197,7 +197,7 @@ impl Backup {
         }
         let until = Instant::now() + own_pause(&copy, LONGEST_DEFERRAL);
         if self.is_too_old(&copy) {
-            return self.expire(&copy, why);
+            return self.expire(copy, why);
         }
         self.log_deferred(&copy, until, why);
         self.put_off(copy, until, why, true);

@@ -209,18 +209,18 @@ impl Backup {
     }
 
     /// A copy was tried for long enough.
-    pub(super) fn expire(&self, copy: &Copy, why: &str) {
+    pub(super) fn expire(&self, copy: Copy, why: &str) {
         let why = format!("tried for longer than relay.retry_for_seconds: {why}");
         let reply = Reply::new(450, "4.4.7", &why);
         let all: Vec<_> = copy.owed.iter().map(|&place| (place, reply.clone())).collect();
-        match self.refused(copy, &all) {
+        match self.refused(&copy, &all) {
             Ok(_) => {
                 maillog::copy_failed(copy.message.id, &self.destination, &why);
-                self.done(copy);
+                self.done(&copy);
             }
             Err(error) => {
                 maillog::spool_unreadable(&self.destination, &error);
-                self.state().landed(copy.message.id);
+                self.put_off(copy, Instant::now() + LOOK_AGAIN, &why, true);
             }
         }
     }
@@ -272,7 +272,7 @@ impl Backup {
                 for Found { entry, .. } in &found {
                     let Some(copy) = self.claim(Job::Stored(*entry), true) else { continue };
                     match self.is_too_old(&copy) {
-                        true => self.expire(&copy, why),
+                        true => self.expire(copy, why),
                         false => self.state().landed(entry.id),
                     }
                 }
