@@ -16,6 +16,9 @@ use crate::message::QueueId;
 use crate::smtp::command::Relayed;
 use crate::smtp::envelope::Envelope;
 
+/// After so many names that others have, something is wrong with the file system.
+const MOST_NAMES: usize = 100;
+
 /// A message that is being written.
 #[derive(Debug)]
 pub struct Draft {
@@ -46,12 +49,16 @@ impl Draft {
         backups: &Arc<[String]>,
     ) -> io::Result<Draft> {
         spool.has_room()?;
-        let (path, file) = loop {
-            match spool.reserve_new(id) {
-                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => id = QueueId::next(),
-                reserved => break reserved?,
+        let mut reserved = spool.reserve_new(id);
+        for _ in 0..MOST_NAMES {
+            let Err(error) = &reserved else { break };
+            if error.kind() != io::ErrorKind::AlreadyExists {
+                break;
             }
-        };
+            id = QueueId::next();
+            reserved = spool.reserve_new(id);
+        }
+        let (path, file) = reserved?;
         let header = header(envelope, backups);
         let mut draft = Draft {
             spool: Arc::clone(spool),

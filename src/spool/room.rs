@@ -3,6 +3,7 @@
 //! Two limits: `relay.spool_max_bytes` for the messages that lie here, and a reserve of free disk,
 //! for a full disk stops more than this program. `draft` asks before it begins a message.
 
+use std::fs;
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
