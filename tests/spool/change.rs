@@ -14,7 +14,10 @@ fn owed(folder: &Folder, primary: &Sink, backups: &[&Sink], count: usize) {
     (1..=count).for_each(|number| send(&mut client, number));
     drop(client);
     kill(dup);
-    let _ = fs::remove_dir_all(folder.path().join("hold"));
+    // What it was just writing about those that are down.
+    for part in ["hold", "tmp"] {
+        let _ = fs::remove_dir_all(folder.path().join(part));
+    }
 }
 
 #[test]

@@ -139,6 +139,7 @@ fn one_life(life: &Life, kill_at: usize) -> bool {
 
 #[track_caller]
 fn end_of(dup: &Dup, shown: &str) {
+    dup.wait_log("looked through");
     dup.signal(Signal::Term);
     assert!(dup.wait_exit(BOUND).success(), "{shown}\n{}", dup.log());
     assert_eq!(dup.log_lines("status=lost"), [""; 0], "{shown}");

@@ -115,9 +115,14 @@ fn kill(dup: Dup) {
     dup.wait_exit(BOUND);
 }
 
-/// Ends it in order; after that nothing more can arrive anywhere.
+/// Ends it in order; after that nothing more can arrive anywhere. It would not wait for its sweep.
 #[track_caller]
 fn end(dup: &Dup) {
+    let is_swept = || {
+        let log = dup.log();
+        log.contains("looked through") || log.contains("cleared up") || !log.contains(" spool=")
+    };
+    wait_until("it has looked through the spool", is_swept);
     dup.signal(Signal::Term);
     assert!(dup.wait_exit(BOUND).success(), "{}", dup.log());
 }
