@@ -2,8 +2,9 @@
 //! when that is gone.
 //!
 //! `main` calls [`start`] once, as soon as it knows the place; `maillog` writes the lines through
-//! the `log` crate. Logging never holds up mail: datagrams that are not taken at once wait in
-//! memory, those that find no room there are lost, and the next line says how many were.
+//! the `log` crate. Datagrams never hold up mail: what is not taken at once waits in memory, what
+//! finds no room there is lost, and the next line says how many were. Standard error is another's:
+//! it is written to as it is, and a pipe that nobody reads holds up whoever logs.
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
