@@ -20,10 +20,10 @@ use crate::message::QueueId;
 const RESERVE: u64 = 64 * 1024 * 1024;
 
 /// The messages are counted again after this time, for other processes come and go. That may take
-/// seconds, and nobody waits for it …
+/// seconds, and mail does not wait for it …
 const RECOUNT: Duration = Duration::from_secs(60);
 
-/// … but for one not older than this, when there seems to be no room: they may have gone.
+/// … or after this, when there seems to be no room: they may have gone.
 const RECOUNT_FULL: Duration = Duration::from_secs(5);
 
 /// What the messages take.
@@ -58,7 +58,7 @@ impl Spool {
             ));
         }
         let most = self.settings.max_bytes;
-        if most > 0 && self.used()? >= most && self.recount(RECOUNT_FULL)? >= most {
+        if most > 0 && self.used(most)? >= most {
             return full(format!("relay.spool_max_bytes, {most} octets, are in use; raise it"));
         }
         Ok(())
@@ -82,20 +82,33 @@ impl Spool {
     }
 
     /// What the messages take, as far as is known; a thread finds out when that is old.
-    fn used(self: &Arc<Self>) -> io::Result<u64> {
+    fn used(self: &Arc<Self>, most: u64) -> io::Result<u64> {
         let Some((at, used)) = *self.used.last() else { return self.recount(RECOUNT) };
-        if at.elapsed() >= RECOUNT && !self.used.has_thread.swap(true, Ordering::Relaxed) {
-            let spool = Arc::clone(self);
-            let count = move || {
-                // What fails here is asked for again by who needs to know.
-                let _ = spool.recount(RECOUNT);
-                spool.used.has_thread.store(false, Ordering::Relaxed);
-            };
-            if Builder::new().name("count".into()).spawn(count).is_err() {
-                self.used.has_thread.store(false, Ordering::Relaxed);
-            }
+        let (age, is_full) = (at.elapsed(), used >= most);
+        if is_full && age >= RECOUNT {
+            // Mail that comes so seldom would find it full each time.
+            return self.recount(RECOUNT);
+        }
+        if age >= if is_full { RECOUNT_FULL } else { RECOUNT } {
+            self.recount_aside();
         }
         Ok(used)
+    }
+
+    /// Counts on a thread of its own, unless one does.
+    fn recount_aside(self: &Arc<Self>) {
+        if self.used.has_thread.swap(true, Ordering::Relaxed) {
+            return;
+        }
+        let spool = Arc::clone(self);
+        let count = move || {
+            // What fails is tried again by who comes next.
+            let _ = spool.recount(RECOUNT_FULL);
+            spool.used.has_thread.store(false, Ordering::Relaxed);
+        };
+        if Builder::new().name("count".into()).spawn(count).is_err() {
+            self.used.has_thread.store(false, Ordering::Relaxed);
+        }
     }
 
     /// What the messages take, by a count that is not older than `age`.
@@ -105,12 +118,11 @@ impl Spool {
         if let Some((_, used)) = before.filter(|(at, _)| at.elapsed() < age) {
             return Ok(used);
         }
-        let begun = Instant::now();
         let counted = self.octets()?;
         let mut last = self.used.last();
         // What came meanwhile may be in it or not: better twice.
         let came = last.zip(before).map_or(0, |((_, now), (_, before))| now.saturating_sub(before));
-        *last = Some((begun, counted + came));
+        *last = Some((Instant::now(), counted + came));
         Ok(counted + came)
     }
 

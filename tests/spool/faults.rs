@@ -508,16 +508,16 @@ fn the_limit_of_the_spool() {
     }
 }
 
-/// What lies in the spool is counted again each minute, which may take seconds where there is much:
-/// no mail waits for that.
-#[test]
-fn mail_does_not_wait_for_a_count() {
+/// What lies in the spool is counted again each minute, and more often when it seems to be full,
+/// which may take seconds where there is much: no mail waits for that.
+#[track_caller]
+fn mail_does_not_wait_for_a_count(max_bytes: u64) {
     if !strace::available() {
         return;
     }
     let folder = Folder::new();
     let (primary, backup) = (Sink::start(), Sink::start());
-    let yaml = folder.config(&primary, &[&backup], "spool_max_bytes: 1000000");
+    let yaml = folder.config(&primary, &[&backup], &format!("spool_max_bytes: {max_bytes}"));
     let delay = ["-e", "inject=getdents64:delay_enter=1000000"];
     let dup = strace::start(&delay, &folder.0.path().join("trace"), &yaml);
     let mut client = Client::ready(dup.addr());
@@ -539,6 +539,16 @@ fn mail_does_not_wait_for_a_count() {
     send(&mut client, number + 1);
     assert!(is_counting(), "the mail has waited for it");
     kill(dup);
+}
+
+#[test]
+fn mail_does_not_wait_for_a_count_with_room() {
+    mail_does_not_wait_for_a_count(1_000_000);
+}
+
+#[test]
+fn mail_does_not_wait_for_a_count_without_room() {
+    mail_does_not_wait_for_a_count(1);
 }
 
 /// That a backup is down, or has deferred a copy, is written to disk; new mail does not wait for
