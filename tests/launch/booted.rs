@@ -201,8 +201,11 @@ fn the_units_as_they_are_installed() {
     // What kills it brings another.
     booted.run(&format!("kill -KILL {pid}"));
     wait_until("a new process", || {
-        booted.show("smtp-dup.service", "SubState").trim() == "running" && booted.service() != pid
+        let [state, main] =
+            ["SubState", "MainPID"].map(|what| booted.show("smtp-dup.service", what));
+        state.trim() == "running" && main.trim() != pid
     });
+    booted.service();
     deliver(1);
     route.wait(2);
     booted.run("systemctl stop smtp-dup.service");
