@@ -44,7 +44,7 @@ pub fn run(config: &Config) -> bool {
 /// Opens the spool, and sees whether it would take a message.
 fn try_spool(settings: &Settings) -> Result<(), String> {
     // As the service will, whose folder it is.
-    become_owner(&settings.folder).map_err(|error| settings.wrong(&error))?;
+    become_owner(&settings.folder).map_err(|error| settings.missing(&error))?;
     let spool = Arc::new(Spool::open(settings)?);
     spool.has_place().map_err(|error| settings.wrong(&error))
 }

@@ -183,7 +183,7 @@ fn with_spool(config: &Config, user: Option<&User>, command: &Command) -> io::Re
     })?;
     let wrong = |what| io::Error::new(ErrorKind::InvalidInput, what);
     confine(user, None).map_err(wrong)?;
-    become_owner(&settings.folder).map_err(|error| wrong(settings.wrong(&error)))?;
+    become_owner(&settings.folder).map_err(|error| wrong(settings.missing(&error)))?;
     let spool = Arc::new(Spool::open(settings).map_err(wrong)?);
     match command {
         Command::Queue(order) => operator::queue(config, &spool, order),

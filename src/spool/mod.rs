@@ -98,6 +98,12 @@ impl Settings {
     pub fn wrong(&self, what: &impl std::fmt::Display) -> String {
         format!("relay.spool: {}: {what}", self.folder.display())
     }
+
+    /// Says that there is no folder, and cannot be.
+    pub fn missing(&self, error: &io::Error) -> String {
+        let remedy = "make it, with mode 700, for the user that smtp-dup runs as";
+        self.wrong(&format!("{error}; {remedy}"))
+    }
 }
 
 /// A message in the queue.
@@ -118,9 +124,7 @@ impl Spool {
         let root = settings.folder.clone();
         let wrong = |what: String| settings.wrong(&what);
         let failed = |error: io::Error| wrong(error.to_string());
-        make_folder(&root).map_err(|error| {
-            wrong(format!("{error}; make it, with mode 700, for the user that smtp-dup runs as"))
-        })?;
+        make_folder(&root).map_err(|error| settings.missing(&error))?;
         let folder = owned(&root)?;
         if folder.mode() & 0o077 != 0 {
             return Err(wrong(format!(

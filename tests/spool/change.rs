@@ -191,7 +191,15 @@ fn folders_that_are_refused() {
         strace::skip("another's folder needs root");
     }
     // A folder that nobody has made, in one that is not there; and a file.
-    assert!(refusal(&format!("{name}/not/there")).contains("No such file"));
+    let missing = format!("{name}/not/there");
+    let line = refusal(&missing);
+    assert!(line.contains("No such file") && line.contains("make it, with mode 700"), "{line}");
+    for words in [["check"].as_slice(), &["queue"], &["flush"], &["retry", "--all"]] {
+        let yaml = config(Sink::start().addr(), &[], "", &format!("spool: \"{missing}\""));
+        let output = run(words, Some(&yaml), &[]);
+        let said = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+        assert!(said.contains(&missing) && said.contains("make it, with mode 700"), "{said}");
+    }
     fs::write(spool.join("file"), "").unwrap();
     let line = refusal(&format!("{name}/file"));
     assert!(line.contains(&format!("{name}/file")), "{line}");
