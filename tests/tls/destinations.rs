@@ -176,7 +176,7 @@ fn an_unknown_ca_is_refused() {
     for word in ["issuer that is not trusted", "ca_file", "fingerprint"] {
         assert!(text.contains(word), "no {word:?} in {text}");
     }
-    assert!(front.seen()[0].failed);
+    wait_until("the server has heard of it", || front.seen()[0].failed);
 }
 
 #[test]
