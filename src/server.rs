@@ -1,6 +1,7 @@
 //! The program's life: accept, a worker thread for each connection, and the end.
 //!
-//! Two nested scopes hold all threads: the delivery agents in the outer, the workers in the inner.
+//! Two nested scopes hold the threads: the delivery agents in the outer, the workers in the inner.
+//! Nobody waits for those that only look through the spool: they may end anywhere.
 //! When a signal comes the listeners are closed; the inner scope joins, which is every session's
 //! end; then the agents drain, and the outer scope joins. A process for one client has no workers:
 //! its session is served where the inner scope would be.
